@@ -1,0 +1,21 @@
+"""What a plan costs: seconds of computation and communication on given hardware."""
+
+from autopar.cost.alpa import AlpaCost
+from autopar.cost.compute import equation_flops, equation_transcendentals, fusible
+from autopar.cost.model import COLLECTIVES, CostModel, RooflineCost, Work
+from autopar.cost.profiles import PROFILES, hardware, read_profile, write_profile
+
+__all__ = [
+    "COLLECTIVES",
+    "PROFILES",
+    "AlpaCost",
+    "CostModel",
+    "RooflineCost",
+    "Work",
+    "equation_flops",
+    "equation_transcendentals",
+    "fusible",
+    "hardware",
+    "read_profile",
+    "write_profile",
+]

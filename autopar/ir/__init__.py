@@ -1,0 +1,1 @@
+"""From a step to a Program: tracing, inlining, names."""

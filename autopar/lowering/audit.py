@@ -1,0 +1,187 @@
+"""What the compiler built: collectives, FLOPs and memory of a step, against what the plan predicted."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from autopar import plan
+from autopar.cluster import Mesh
+from autopar.errors import MeshError
+from autopar.lowering import hlo
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Compiled collectives of one kind, dtype and set of axes, summed over a step.
+
+    Attributes:
+        kind: all_gather, all_reduce, reduce_scatter, all_to_all or collective_permute.
+        axes: the mesh axes they span, in the order of the mesh.
+        nbytes: bytes per device in one step, of the larger of input and output, summed.
+        count: how many a step runs; a combined one counts once per array.
+        dtype: of the arrays.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    nbytes: float
+    count: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A compiled step, per device.
+
+    Attributes:
+        collectives: sorted by kind and axes.
+        flops: XLA's count; it counts the body of a loop once.
+        argument_bytes: the arguments.
+        output_bytes: the results, aliased ones included.
+        temp_bytes: everything else that the step allocates.
+        alias_bytes: results that live in donated arguments.
+        peak_bytes: arguments, results and temporaries together, aliased bytes once.
+        estimated_cycles: the TPU compiler's estimate without collectives; None elsewhere.
+    """
+
+    collectives: tuple[Collective, ...]
+    flops: float
+    argument_bytes: int
+    output_bytes: int
+    temp_bytes: int
+    alias_bytes: int
+    peak_bytes: int
+    estimated_cycles: int | None
+
+
+def audit(compiled: Any, mesh: Mesh) -> Audit:
+    """Reads a ``jax.stages.Compiled`` whose devices are laid out as ``mesh``, row-major.
+
+    Raises:
+        MeshError: the program runs on another number of devices than the mesh has.
+    """
+    text = compiled.as_text()
+    module, n_devices = hlo.parse(text), hlo.n_partitions(text)
+    if n_devices != mesh.n_devices:
+        raise MeshError(
+            f"the mesh has {mesh.n_devices} devices, the compiled program runs on {n_devices}",
+            where=f"mesh {mesh}",
+            fix="audit with the mesh that the step was compiled for",
+        )
+    memory = compiled.memory_analysis()
+    held_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Audit(
+        collectives=_collectives(module, mesh),
+        flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        peak_bytes=held_bytes + memory.temp_size_in_bytes,
+        estimated_cycles=hlo.estimated_cycles(module),
+    )
+
+
+def _collectives(module: hlo.Module, mesh: Mesh) -> tuple[Collective, ...]:
+    totals: dict[tuple[str, tuple[str, ...], str], list[float]] = defaultdict(lambda: [0.0, 0])
+    for found in hlo.communications(module, mesh.n_devices):
+        total = totals[found.kind, axes_spanned(found.groups, mesh), found.dtype]
+        total[0] += found.nbytes * found.times
+        total[1] += found.times
+    return tuple(
+        Collective(kind, axes, nbytes, int(count), dtype)
+        for (kind, axes, dtype), (nbytes, count) in sorted(totals.items())
+    )
+
+
+def axes_spanned(groups: hlo.Groups, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which the members of a group differ; all axes of size > 1 where groups is empty.
+
+    >>> axes_spanned(((0, 4), (1, 5), (2, 6), (3, 7)), Mesh.parse("data=2,tensor=4"))
+    ('data',)
+    """
+    groups = groups or (tuple(range(mesh.n_devices)),)
+    spanned: set[int] = set()
+    for group in groups:
+        places = np.array(np.unravel_index(np.array(group), mesh.shape))  # axes x members
+        spanned |= set(np.flatnonzero((places != places[:, :1]).any(axis=1)).tolist())
+    return tuple(name for at, name in enumerate(mesh.names) if at in spanned)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Predicted and compiled collectives of one kind over the same axes that are not equal.
+
+    Attributes:
+        kind: of the collective.
+        axes: the mesh axes it spans.
+        predicted_bytes, compiled_bytes: per device in one step.
+        predicted_count, compiled_count: how many a step runs.
+        explanation: why the compiler may do so; empty where nothing known explains it.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    predicted_bytes: float
+    compiled_bytes: float
+    predicted_count: int
+    compiled_count: int
+    explanation: str = ""
+
+
+# What XLA does to collectives, beyond what `hlo.communications` already takes back (combining several into
+# one tuple, sending 16-bit floats as float32 on CPU, padding a fused reduce-scatter on TPU).
+SLICED = "an all_reduce and the slice of its result became a reduce_scatter (XLA's ReduceScatterCreator)"
+DROPPED = "XLA merged identical collectives, or dropped one of a constant or of an unused value"
+HALO = "the TPU shifts the rows by which it padded a reduce_scatter to its neighbours"
+_HALO_SHARE = 0.02  # such a shift moves at most some tiles of 8 or 16 rows
+
+
+def compare(predicted: Iterable[plan.Collective], audited: Audit, mesh: Mesh) -> tuple[Difference, ...]:
+    """Where compiled collectives differ from ``predicted`` ones in kind, axes, count or bytes.
+
+    A difference that the compiler is known to make carries its explanation; check
+    ``[d for d in compare(...) if not d.explanation]``.
+    """
+    expected, built = _by_kind_and_axes(predicted, mesh), _by_kind_and_axes(audited.collectives, mesh)
+    differences = {
+        key: Difference(*key, expected[key][0], built[key][0], expected[key][1], built[key][1])
+        for key in sorted(expected.keys() | built.keys())
+        if expected[key] != built[key]
+    }
+    return tuple(_explained(found, differences, built) for found in differences.values())
+
+
+_Key = tuple[str, tuple[str, ...]]
+
+
+def _by_kind_and_axes(
+    collectives: Iterable[plan.Collective | Collective], mesh: Mesh
+) -> defaultdict[_Key, tuple[float, int]]:
+    totals: defaultdict[_Key, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+    for one in collectives:
+        axes = tuple(name for name, size in mesh.axes if name in one.axes and size > 1)
+        if axes and one.count:
+            nbytes, count = totals[one.kind, axes]
+            totals[one.kind, axes] = (nbytes + one.nbytes, count + one.count)
+    return totals
+
+
+def _explained(
+    found: Difference, others: dict[_Key, Difference], built: defaultdict[_Key, tuple[float, int]]
+) -> Difference:
+    surplus_bytes = found.compiled_bytes - found.predicted_bytes
+    twin = {"all_reduce": "reduce_scatter", "reduce_scatter": "all_reduce"}.get(found.kind, "")
+    other = others.get((twin, found.axes))
+    if other and surplus_bytes == other.predicted_bytes - other.compiled_bytes:
+        sliced = surplus_bytes > 0 if found.kind == "reduce_scatter" else surplus_bytes < 0
+        return replace(found, explanation=SLICED) if sliced else found
+    scattered_bytes, _ = built["reduce_scatter", found.axes]
+    if found.kind == "collective_permute" and 0 < surplus_bytes <= _HALO_SHARE * scattered_bytes:
+        return replace(found, explanation=HALO)
+    if surplus_bytes < 0 and found.compiled_count < found.predicted_count:
+        return replace(found, explanation=DROPPED)
+    return found

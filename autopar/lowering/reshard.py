@@ -1,0 +1,87 @@
+"""Runs reshardings: the collectives of a path between two specs, inside ``jax.shard_map``."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from autopar.sharding.moves import Step
+from autopar.spec import Sizes
+
+
+def execute(steps: Iterable[Step], x: jax.Array, sizes: Sizes) -> jax.Array:
+    """The local value after ``steps``, on every device of a ``shard_map`` over the mesh.
+
+    Args:
+        steps: the moves of a resharding, in order.
+        x: the local value: an array of any type, or typed PRNG keys (moved, never combined).
+        sizes: devices per mesh axis.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        # The words of a key are one more dimension, after those that the steps name.
+        words = execute(steps, jax.random.key_data(x), sizes)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+    for step in steps:
+        x = _EXECUTE[step.kind](x, step, sizes)
+    return x
+
+
+def _all_gather(x: jax.Array, step: Step, sizes: Sizes) -> jax.Array:
+    return lax.all_gather(x, step.axes, axis=_dim(step), tiled=True)
+
+
+def _reduce_scatter(x: jax.Array, step: Step, sizes: Sizes) -> jax.Array:
+    return lax.psum_scatter(x, step.axes, scatter_dimension=_dim(step), tiled=True)
+
+
+def _all_to_all(x: jax.Array, step: Step, sizes: Sizes) -> jax.Array:
+    assert step.from_dim is not None, step
+    return lax.all_to_all(x, step.axes, split_axis=_dim(step), concat_axis=step.from_dim, tiled=True)
+
+
+def _collective_permute(x: jax.Array, step: Step, sizes: Sizes) -> jax.Array:
+    return lax.ppermute(x, step.axes, step.permutation)
+
+
+def _slice(x: jax.Array, step: Step, sizes: Sizes) -> jax.Array:
+    block = x.shape[_dim(step)] // math.prod(sizes[axis] for axis in step.axes)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(step.axes) * block, block, _dim(step))
+
+
+def _mask(x: jax.Array, step: Step, sizes: Sizes) -> jax.Array:
+    return jnp.where(lax.axis_index(step.axes) == 0, x, jnp.zeros_like(x))
+
+
+def _all_reduce(x: jax.Array, step: Step, sizes: Sizes) -> jax.Array:
+    if step.monoid in ("and", "or"):
+        return _combine_bits(x, step)
+    combine = {"sum": lax.psum, "max": lax.pmax, "min": lax.pmin}[step.monoid]
+    return combine(x, step.axes)
+
+
+def _combine_bits(x: jax.Array, step: Step) -> jax.Array:
+    """Truth values combine as bytes, by min and max; no collective combines bits: gather integers."""
+    if x.dtype == jnp.bool_:
+        combine = {"and": lax.pmin, "or": lax.pmax}[step.monoid]
+        return combine(x.astype(jnp.uint8), step.axes).astype(jnp.bool_)
+    combine = {"and": lax.bitwise_and, "or": lax.bitwise_or}[step.monoid]
+    neutral = jnp.array(-1 if step.monoid == "and" else 0).astype(x.dtype)
+    return lax.reduce(lax.all_gather(x, step.axes), neutral, combine, (0,))
+
+
+def _dim(step: Step) -> int:
+    assert step.dim is not None, step
+    return step.dim
+
+
+_EXECUTE: dict[str, Callable[[jax.Array, Step, Sizes], jax.Array]] = {
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_to_all": _all_to_all,
+    "collective_permute": _collective_permute,
+    "slice": _slice,
+    "mask": _mask,
+    "all_reduce": _all_reduce,
+}

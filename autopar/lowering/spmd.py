@@ -1,0 +1,115 @@
+"""Runs a local program on every device: ``jit(shard_map(...))`` with every collective written out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from autopar.cluster import Mesh
+from autopar.errors import MeshError
+from autopar.ir.program import Constant
+from autopar.lowering.local import run_local
+from autopar.lowering.local_program import Barrier, LocalProgram, Move, Operand, Run, Slot
+from autopar.lowering.reshard import execute
+from autopar.spec import Spec
+
+
+def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The JAX mesh over the first devices, in row-major order.
+
+    Raises:
+        MeshError: there are fewer devices than the mesh needs.
+    """
+    available = list(jax.devices() if devices is None else devices)
+    if len(available) < mesh.n_devices:
+        raise MeshError(
+            f"mesh {mesh} needs {mesh.n_devices} devices, there are {len(available)}",
+            fix="use a smaller mesh, or force CPU devices with "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={mesh.n_devices} before JAX starts",
+        )
+    return jax.sharding.Mesh(np.array(available[: mesh.n_devices]).reshape(mesh.shape), mesh.names)
+
+
+def partition_spec(spec: Spec) -> PartitionSpec:
+    """The PartitionSpec of a complete spec."""
+    return PartitionSpec(*(dim if len(dim) > 1 else dim[0] if dim else None for dim in spec.dims))
+
+
+def shardings(specs: Sequence[Spec], mesh: jax.sharding.Mesh) -> tuple[NamedSharding, ...]:
+    """NamedShardings of complete specs."""
+    return tuple(NamedSharding(mesh, partition_spec(spec)) for spec in specs)
+
+
+def run_instructions(local: LocalProgram, arguments: Sequence[Any]) -> list[Any]:
+    """Executes a local program on one device's blocks, inside ``jax.shard_map`` over its mesh.
+
+    Args:
+        local: the program.
+        arguments: local blocks of its inputs.
+
+    Returns:
+        Local blocks of its results.
+    """
+    sizes = local.mesh.sizes
+    env: dict[Slot, Any] = dict(zip(local.inputs, arguments, strict=True))
+
+    def read(operand: Operand) -> Any:
+        return operand.value if isinstance(operand, Constant) else env[operand]
+
+    for instruction in local.instructions:
+        if isinstance(instruction, Move):
+            block = env[instruction.source]
+            if instruction.after is not None:
+                block, _ = lax.optimization_barrier((block, env[instruction.after]))
+            env[instruction.target] = execute(instruction.resharding.steps, block, sizes)
+        elif isinstance(instruction, Barrier):
+            blocks = lax.optimization_barrier(tuple(env[slot] for slot in instruction.inputs))
+            env.update(zip(instruction.outputs, blocks, strict=True))
+        else:
+            env.update(zip(instruction.outputs, _run(instruction, read, local.mesh), strict=True))
+    return [_array(operand) if isinstance(operand, Constant) else env[operand] for operand in local.outputs]
+
+
+def _array(constant: Constant) -> Any:
+    return jax.numpy.asarray(constant.value, constant.aval.dtype)
+
+
+def _run(run: Run, read: Callable[[Operand], Any], mesh: Mesh) -> list[Any]:
+    eqn = run.equation
+    operands = [
+        _array(operand) if isinstance(operand, Constant) else read(operand) for operand in run.inputs
+    ]
+    with jax.named_scope(eqn.name.replace(":", ".")):
+        return run_local(eqn.primitive, eqn.params, run.rule, run.strategy, mesh.sizes, operands)
+
+
+def lower(local: LocalProgram, mesh: jax.sharding.Mesh, donate: Sequence[int] = ()) -> Any:
+    """The jitted program on global arrays: flat inputs in, flat results out.
+
+    Args:
+        local: the program of one device.
+        mesh: the devices.
+        donate: inputs whose buffers the results may reuse.
+    """
+    in_specs = [slot.spec for slot in local.inputs]
+    out_specs = [Spec(()) if isinstance(slot, Constant) else slot.spec for slot in local.outputs]
+
+    def step(*arguments: Any) -> list[Any]:
+        return run_instructions(local, arguments)
+
+    mapped = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=tuple(partition_spec(spec) for spec in in_specs),
+        out_specs=[partition_spec(spec) for spec in out_specs],
+        check_vma=False,
+    )
+    return jax.jit(
+        mapped,
+        in_shardings=shardings(in_specs, mesh),
+        out_shardings=list(shardings(out_specs, mesh)),
+        donate_argnums=tuple(donate),
+    )

@@ -1,0 +1,349 @@
+"""The dataflow of a program, cut into the units that get a decision each. Knows no mesh.
+
+*Clusters.* Elementwise equations of one shape that feed each other with no contraction in between share one
+spec: nothing is gained by moving a value inside such a run. A value that stays live across a contraction (the
+residual stream, an activation kept for the backward pass) may be laid out anew at each later group of uses.
+
+*Groups.* The uses of a value are grouped by where in the program they stand. The uses of a group share one
+layout, the group's *anchor*: the producer itself, a cluster, or a *view* of its own (the copy that the query, key and value
+projections all read is gathered once).
+
+*Free equations* depend on no argument (masks of iotas, broadcasts of constants): every consumer makes the
+piece that it needs.
+"""
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, field, replace
+
+from autopar.cost import fusible
+from autopar.ir.program import Equation, Program, Value
+from autopar.sharding.factors import ShardingRule, letters
+from autopar.sharding.lookup import RuleBook
+
+HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while", "cond"})
+SIBLING_GAP = 4
+"""Contractions that may stand between two uses that share a view (a backward pass alternates weight and input gradients)."""
+
+
+@dataclass(eq=False)
+class Unit:
+    """What gets one decision: an equation of its own, a cluster, an argument, or a view.
+
+    Attributes:
+        kind: "equation", "cluster", "input", "view" or "output".
+        position: where in the program it stands (first equation of a cluster); inputs stand at -1.
+        equations: its members, in program order.
+        value: the value of an input, view or output.
+        shape: the shape whose specs a cluster, input, view or output chooses from.
+    """
+
+    kind: str
+    position: int
+    shape: tuple[int, ...]
+    equations: list[int] = field(default_factory=list)
+    value: Value | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One operand of one equation; the results of the program are the operands of one more, at the end."""
+
+    position: int
+    operand: int
+
+
+@dataclass(eq=False)
+class Group:
+    """Uses of one value that read it in one layout.
+
+    Attributes:
+        uses: the operands that read it, in program order.
+        anchor: the unit whose layout they read; None for that of the producer, or of the only reader.
+    """
+
+    uses: list[Use]
+    anchor: Unit | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """The units of a program and how values run between them.
+
+    Attributes:
+        program: the program.
+        rules: the rule of every equation (one that replicates where there is none).
+        unit_of: the unit of every equation, by position; None for free equations.
+        units: all units in program order, inputs first, views last.
+        inputs: the unit of every program input.
+        outputs: the unit of every result: that of its argument for state, else one of its own.
+        state: pairs (argument, result) that share a layout, so that the next step takes what this one returns.
+        groups: for each used value, its groups in program order.
+        producer: position of the equation that makes a value (absent for inputs).
+        free: whether an equation is free, by position.
+        unruled: the equations whose primitive has no rule.
+    """
+
+    program: Program
+    rules: tuple[ShardingRule, ...]
+    unit_of: tuple[Unit | None, ...]
+    units: tuple[Unit, ...]
+    inputs: dict[Value, Unit]
+    outputs: tuple[Unit | None, ...]
+    state: tuple[tuple[int, int], ...]
+    groups: dict[Value, list[Group]]
+    producer: dict[Value, int]
+    free: tuple[bool, ...]
+    unruled: tuple[Equation, ...]
+
+    def unit(self, value: Value) -> Unit | None:
+        """The unit that makes a value; None if it is free."""
+        position = self.producer.get(value)
+        return self.inputs[value] if position is None else self.unit_of[position]
+
+    def reader(self, use: Use) -> Unit | None:
+        """The unit that reads an operand; None if it is free."""
+        if use.position == len(self.unit_of):
+            return self.outputs[use.operand]
+        return self.unit_of[use.position]
+
+    def monoid(self, value: Value) -> str:
+        """How the terms of the value combine where it is partial."""
+        position = self.producer.get(value)
+        return "sum" if position is None else self.rules[position].monoid
+
+
+def build_graph(program: Program, state: tuple[tuple[int, int], ...]) -> Graph:
+    """Finds rules, free equations, clusters, groups and views of a program.
+
+    Args:
+        program: a flat program.
+        state: pairs (argument, result) that must share a layout.
+    """
+    return _Builder(program).build(state)
+
+
+class _Builder:
+    """The steps of ``build_graph``, which share the tables below."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.eqns = program.equations
+        self.rules, self.unruled = _rules(program)
+        self.producer = {value: i for i, eqn in enumerate(self.eqns) for value in eqn.outputs}
+        self.uses: dict[Value, list[Use]] = {}
+        for i, eqn in enumerate(self.eqns):
+            for k, atom in enumerate(eqn.inputs):
+                if isinstance(atom, Value):
+                    self.uses.setdefault(atom, []).append(Use(i, k))
+        self.heavy = [i for i, eqn in enumerate(self.eqns) if eqn.primitive.name in HEAVY]
+        self.free = self._free()
+        self.rules = _useful_linear_groups(program, self.rules, self.producer)
+        self.carrier = self._carriers()
+        self.parent = list(range(len(self.eqns)))
+
+    def build(self, state: tuple[tuple[int, int], ...]) -> Graph:
+        groups = {value: self._groups(value, uses) for value, uses in self.uses.items() if not self._is_free(value)}
+        for value, value_groups in groups.items():
+            for group in value_groups:
+                self._merge(value, group)
+        unit_of, units = self._units()
+        inputs = {value: Unit("input", -1, value.shape, value=value) for value in self.program.inputs}
+        views: list[Unit] = []
+        for value, value_groups in groups.items():
+            made_by = inputs[value] if value in inputs else unit_of[self.producer[value]]
+            for group in value_groups:
+                group.anchor = self._anchor(value, group, unit_of, made_by)
+                if group.anchor is not None and group.anchor.kind == "view":
+                    views.append(group.anchor)
+        outputs = self._outputs(groups, inputs, {o: self.program.inputs[i] for i, o in state})
+        results = [unit for unit in outputs if unit is not None and unit.kind == "output"]
+        return Graph(
+            program=self.program,
+            rules=self.rules,
+            unit_of=tuple(unit_of),
+            units=(*inputs.values(), *units, *views, *results),
+            inputs=inputs,
+            outputs=outputs,
+            state=state,
+            groups=groups,
+            producer=self.producer,
+            free=self.free,
+            unruled=self.unruled,
+        )
+
+    def _outputs(
+        self, groups: dict[Value, list[Group]], inputs: dict[Value, Unit], argument_of: dict[int, Value]
+    ) -> tuple[Unit | None, ...]:
+        """The unit of every result; adds the use of the value that it is."""
+        end = len(self.eqns)
+        units: list[Unit | None] = []
+        for k, atom in enumerate(self.program.outputs):
+            if not isinstance(atom, Value) or self._is_free(atom):
+                units.append(None)
+                continue
+            groups.setdefault(atom, []).append(Group([Use(end, k)]))
+            fixed = argument_of.get(k)
+            units.append(inputs[fixed] if fixed is not None else Unit("output", end, atom.shape, value=atom))
+        return tuple(units)
+
+    # -- classification
+
+    def _is_free(self, value: Value) -> bool:
+        position = self.producer.get(value)
+        return position is not None and self.free[position]
+
+    def _free(self) -> tuple[bool, ...]:
+        free: list[bool] = []
+        for eqn in self.eqns:
+            cheap = fusible(eqn.primitive.name) and len(eqn.outputs) == 1 and not eqn.bodies
+            ready = all(v in self.producer and free[self.producer[v]] for v in eqn.operands)
+            free.append(cheap and ready)
+        return tuple(free)
+
+    def _elementwise(self, position: int) -> bool:
+        """One result; every operand is of its shape or broadcast to it dimension by dimension."""
+        eqn, rule = self.eqns[position], self.rules[position]
+        if len(eqn.outputs) != 1 or rule.reduce or not fusible(eqn.primitive.name):
+            return False
+        result = rule.results[0]
+        if result != letters(eqn.outputs[0].shape) or not result:
+            return False
+        return all(
+            not layout or (len(layout) == len(result) and all(a in ((), b) for a, b in zip(layout, result, strict=True)))
+            for layout in rule.operands
+        ) and any(layout == result for layout in rule.operands)
+
+    def _carriers(self) -> tuple[bool, ...]:
+        """Elementwise equations through which a partial sum may travel from a reduction towards its uses."""
+        capable: list[bool] = []
+        carrier: list[bool] = []
+        for position, eqn in enumerate(self.eqns):
+            rule = self.rules[position]
+            shape = eqn.outputs[0].shape if eqn.outputs else ()
+            full = {k for k, atom in enumerate(eqn.inputs) if isinstance(atom, Value) and atom.shape == shape}
+            carries = any(full == set(group) for group in rule.linear if group)
+            carries = carries and all(
+                len(self.uses[eqn.inputs[k]]) == 1 and eqn.inputs[k] in self.producer and capable[self.producer[eqn.inputs[k]]]
+                for k in full
+            )
+            carrier.append(carries)
+            capable.append(carries or rule.monoid == "sum" and bool(rule.reduce))
+        return tuple(carrier)
+
+    # -- groups
+
+    def _heavy_between(self, start: int, stop: int, value: Value) -> int:
+        """Contractions strictly between two positions that do not read ``value``."""
+        span = self.heavy[bisect_right(self.heavy, start) : bisect_left(self.heavy, stop)]
+        return sum(all(atom is not value for atom in self.eqns[i].inputs) for i in span)
+
+    def _groups(self, value: Value, uses: list[Use]) -> list[Group]:
+        """Cuts the uses where contractions stand between them; contractions tolerate a small gap."""
+        born = self.producer.get(value, -1)
+        groups: dict[bool, list[Group]] = {True: [], False: []}
+        for use in uses:
+            heavy = self.eqns[use.position].primitive.name in HEAVY
+            row = groups[heavy]
+            since = row[-1].uses[-1].position if row else born
+            gap = SIBLING_GAP if heavy else 0
+            if row and self._heavy_between(since, use.position, value) <= gap:
+                row[-1].uses.append(use)
+            else:
+                row.append(Group([use]))
+        return sorted([*groups[True], *groups[False]], key=lambda group: group.uses[0].position)
+
+    def near(self, value: Value, group: Group) -> bool:
+        """Whether the group follows the producer with no contraction in between."""
+        born = self.producer.get(value)
+        return born is not None and not self._heavy_between(born, group.uses[0].position, value)
+
+    # -- clusters
+
+    def _find(self, i: int) -> int:
+        while self.parent[i] != i:
+            self.parent[i] = self.parent[self.parent[i]]
+            i = self.parent[i]
+        return i
+
+    def _clustered(self, position: int) -> bool:
+        return self._elementwise(position) and not self.carrier[position] and not self.free[position]
+
+    def _members(self, value: Value, group: Group) -> list[int]:
+        """Elementwise readers that read the value at full shape."""
+        return [
+            use.position
+            for use in group.uses
+            if self.eqns[use.position].outputs[0].shape == value.shape
+            and self.rules[use.position].operands[use.operand] == self.rules[use.position].results[0]
+            and self._clustered(use.position)
+        ]
+
+    def _merge(self, value: Value, group: Group) -> None:
+        """Unites elementwise readers with each other, and with the producer if it is one of them and near."""
+        members = self._members(value, group)
+        born = self.producer.get(value)
+        if members and born is not None and self._clustered(born) and self.near(value, group):
+            members.append(born)
+        for position in members[1:]:
+            a, b = self._find(members[0]), self._find(position)
+            self.parent[max(a, b)] = min(a, b)
+
+    def _units(self) -> tuple[list[Unit | None], list[Unit]]:
+        unit_of: list[Unit | None] = []
+        clusters: dict[int, Unit] = {}
+        units: list[Unit] = []
+        for position, eqn in enumerate(self.eqns):
+            shape = eqn.outputs[0].shape if eqn.outputs else ()
+            if self.free[position]:
+                unit_of.append(None)
+                continue
+            root = self._find(position)
+            if self._clustered(position):
+                unit = clusters.get(root)
+                if unit is None:
+                    unit = clusters[root] = Unit("cluster", position, shape)
+                    units.append(unit)
+            else:
+                unit = Unit("equation", position, shape)
+                units.append(unit)
+            unit.equations.append(position)
+            unit_of.append(unit)
+        return unit_of, units
+
+    def _anchor(self, value: Value, group: Group, unit_of: list[Unit | None], made_by: Unit | None) -> Unit | None:
+        readers = {id(unit): unit for use in group.uses if (unit := unit_of[use.position]) is not None}
+        members = self._members(value, group)
+        cluster = unit_of[members[0]] if members else None
+        if cluster is not None:
+            return None if cluster is made_by else cluster
+        if len(readers) < 2 or not value.shape or (made_by is not None and made_by.kind == "cluster" and self._elementwise_only(group)):
+            return None
+        return Unit("view", group.uses[0].position, value.shape, value=value)
+
+    def _elementwise_only(self, group: Group) -> bool:
+        return all(fusible(self.eqns[use.position].primitive.name) for use in group.uses)
+
+
+def _rules(program: Program) -> tuple[tuple[ShardingRule, ...], tuple[Equation, ...]]:
+    book = RuleBook()
+    rules = tuple(book.rule(eqn) for eqn in program.equations)
+    return rules, tuple(eqn for eqn in program.equations if book.find(eqn) is None)
+
+
+def _useful_linear_groups(
+    program: Program, rules: tuple[ShardingRule, ...], producer: dict[Value, int]
+) -> tuple[ShardingRule, ...]:
+    """Empties the linear groups that no partial sum can reach: only reductions make one, only linear equations pass it on."""
+    capable: set[Value] = set()
+    memo: dict[tuple[int, tuple[bool, ...]], ShardingRule] = {}
+    found = []
+    for eqn, rule in zip(program.equations, rules, strict=True):
+        useful = tuple(any(eqn.inputs[k] in capable for k in group) for group in rule.linear)
+        if any(useful) or (rule.reduce and rule.monoid == "sum"):
+            capable.update(eqn.outputs)
+        key = (id(rule), useful)
+        if key not in memo:
+            linear = tuple(g if u else () for g, u in zip(rule.linear, useful, strict=True))
+            memo[key] = replace(rule, linear=linear)
+        found.append(memo[key])
+    return tuple(found)

@@ -1,0 +1,159 @@
+"""Prices and bytes of a graph's units: what every choice computes, and what it keeps in memory."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.cost import CostModel, Work, equation_flops, fusible
+from autopar.ir.program import Equation, Value
+from autopar.planner.graph import Graph, Group, Unit
+from autopar.planner.space import Port, Space
+
+
+@dataclass(frozen=True, eq=False)
+class Residence:
+    """A value in memory: ``nbytes`` of the whole value over equations [start, stop), laid out as ``unit`` chooses."""
+
+    unit: Unit
+    port: Port
+    start: int
+    stop: int
+    nbytes: int
+    value: Value
+
+
+class Pricing:
+    """Computation seconds of every choice of every unit.
+
+    Fusion: a chain of elementwise equations pays memory traffic only for the values that must exist in memory:
+    those that a contraction, reduction or gather makes or reads, and those that live across one.
+    """
+
+    def __init__(self, graph: Graph, space: Space, cost: CostModel) -> None:
+        self.graph, self.space, self.cost = graph, space, cost
+        self._parts: dict[int, np.ndarray] = {}
+        self._vectors: dict[tuple[object, ...], np.ndarray] = {}
+        self._shards: dict[int, np.ndarray] = {}
+        self.materialised = frozenset(value for value in graph.groups if self._materialised(value))
+
+    def shards(self, port: Port) -> np.ndarray:
+        """Pieces per choice, float64 (choices,)."""
+        found = self._shards.get(id(port))
+        if found is None:
+            sizes = self.space.sizes
+            found = self._shards[id(port)] = np.array([spec.shards(sizes) for spec in port], dtype=float)
+        return found
+
+    def _materialised(self, value: Value) -> bool:
+        position = self.graph.producer.get(value)
+        if position is None or not fusible(self.graph.program.equations[position].primitive.name):
+            return True
+        groups = self.graph.groups[value]
+        if len(groups) > 1 or groups[0].anchor is not None:
+            return True
+        return any(self._reads_memory(use.position) for use in groups[0].uses)
+
+    def _reads_memory(self, position: int) -> bool:
+        equations = self.graph.program.equations
+        if position >= len(equations):
+            return True
+        name = equations[position].primitive.name
+        return not fusible(name) and not name.startswith("reduce_")
+
+    def vector(self, unit: Unit) -> np.ndarray:
+        """Seconds of each choice; units of one class share the array."""
+        if unit.kind == "cluster":
+            return self._cluster(unit)
+        if unit.kind == "equation":
+            return self._equation(unit)
+        n = self.space.size(unit)
+        return self._vectors.setdefault(("zero", n), np.zeros(n))
+
+    def _cluster(self, unit: Unit) -> np.ndarray:
+        graph, equations = self.graph, self.graph.program.equations
+        members = [equations[i] for i in unit.equations]
+        made = {value for eqn in members for value in eqn.outputs}
+        read = {atom for eqn in members for atom in eqn.operands if atom.shape == unit.shape and atom not in made}
+        touched = [value for value in made | read if value in self.materialised or value not in graph.groups]
+        nbytes = sum(value.nbytes for value in touched)
+        key = ("cluster", unit.shape, nbytes)
+        found = self._vectors.get(key)
+        if found is None:
+            shards = self.shards(self.space.specs(unit.shape))
+            found = self._vectors[key] = self.cost.memory_s(1.0) * nbytes / shards
+        return found
+
+    def _split_parts(self, unit: Unit) -> np.ndarray:
+        """By how much each strategy divides the work: the axes that split a factor."""
+        rule = self.graph.rules[unit.position]
+        found = self._parts.get(id(rule))
+        if found is None:
+            sizes = self.space.sizes
+            parts = [
+                np.prod([sizes[axis] for axis, split in s.splits if isinstance(split, str)], dtype=float)
+                for s in self.space.strategies(rule)
+            ]
+            found = self._parts[id(rule)] = np.array(parts)
+        return found
+
+    def _equation(self, unit: Unit) -> np.ndarray:
+        eqn, rule = self.graph.program.equations[unit.position], self.graph.rules[unit.position]
+        touched = tuple(self._in_memory(eqn, k) for k in range(len(eqn.inputs) + len(eqn.outputs)))
+        key = ("equation", id(rule), eqn.primitive.name, touched)
+        found = self._vectors.get(key)
+        if found is None:
+            found = self._vectors[key] = self._work(unit, eqn, touched)
+        return found
+
+    def _in_memory(self, eqn: Equation, k: int) -> bool:
+        atom = (*eqn.inputs, *eqn.outputs)[k]
+        return isinstance(atom, Value) and atom in self.materialised
+
+    def _work(self, unit: Unit, eqn: Equation, touched: tuple[bool, ...]) -> np.ndarray:
+        chosen = self.space.strategies(self.graph.rules[unit.position])
+        flops = flops_of(eqn) / self._split_parts(unit)
+        nbytes = np.zeros(len(chosen))
+        for k, atom in enumerate((*eqn.inputs, *eqn.outputs)):
+            if touched[k] and isinstance(atom, Value):
+                specs = [(*s.inputs, *s.outputs)[k] for s in chosen]
+                nbytes += atom.nbytes / self.shards(self.space.intern(specs))
+        dtype = str(eqn.outputs[0].dtype) if eqn.outputs else "float32"
+        name = eqn.primitive.name
+        return np.array(
+            [self.cost.compute_s(Work(name, f, b, dtype)) for f, b in zip(flops, nbytes, strict=True)]
+        )
+
+
+def flops_of(eqn: Equation) -> float:
+    """Floating-point operations of a whole equation."""
+    shapes = [atom.aval.shape for atom in eqn.inputs]
+    return equation_flops(eqn.primitive.name, eqn.params, shapes, [value.shape for value in eqn.outputs])
+
+
+def residences(graph: Graph, space: Space, materialised: frozenset[Value]) -> list[Residence]:
+    """Where every value that exists in memory lives, and for how long; state lives throughout."""
+    end = len(graph.program.equations)
+    found = []
+    state_inputs = {graph.program.inputs[i] for i, _ in graph.state}
+    state_outputs = {graph.program.outputs[o] for _, o in graph.state}
+    for value, groups in graph.groups.items():
+        unit = graph.unit(value)
+        if unit is None or value not in materialised:
+            continue
+        born = max(graph.producer.get(value, 0), 0)
+        last = max(_needed(group) for group in groups) + 1
+        port = space.output(unit, value)
+        if value in state_inputs or value in graph.program.inputs:
+            last = end + 1
+        if value not in state_outputs:
+            found.append(Residence(unit, port, born, last, value.nbytes, value))
+        for group in groups:
+            if group.anchor is not None and group.anchor.kind == "view":
+                start, stop = group.uses[0].position, group.uses[-1].position + 1
+                found.append(Residence(group.anchor, space.specs(value.shape), start, stop, value.nbytes, value))
+    return found
+
+
+def _needed(group: Group) -> int:
+    """Until when the group needs the value itself rather than its own copy."""
+    return group.uses[-1].position if group.anchor is None else group.uses[0].position

@@ -1,0 +1,1 @@
+"""From an equation to its strategies: factors, rules, strategies, resharding."""

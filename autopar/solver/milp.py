@@ -1,0 +1,235 @@
+"""The integer program on the local polytope, by HiGHS through OR-Tools' MathOpt, with memory rows added lazily.
+
+Node variables are binary, edge variables continuous, tied by both marginals (Schlesinger 1976; Wainwright and Jordan
+2008, section 4). Its linear relaxation is usually integral on sharding problems; of thousands of rows a few ever bind.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from ortools.math_opt import model_pb2
+from ortools.math_opt.python import mathopt
+
+from autopar.solver.problem import Problem
+from autopar.solver.rows import Rows
+
+POLL_S = 0.05
+# The objective is scaled to this magnitude: HiGHS's tolerances are absolute, about 1e-6.
+OBJECTIVE_SCALE = 1e4
+LIMIT_SCALE = 1e3
+ROWS_PER_ROUND = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Polytope:
+    """The local polytope as arrays; variables are the nodes' strategies, then the edges' finite entries.
+
+    Args:
+        first: ``(nodes,)`` the variable of each node's first strategy.
+        costs: ``(variables,)``.
+        n_choice: number of node variables.
+        row, column, value: the constraint matrix in triplets.
+        right: ``(constraints,)`` right-hand sides; all are equalities.
+    """
+
+    first: np.ndarray
+    costs: np.ndarray
+    n_choice: int
+    row: np.ndarray
+    column: np.ndarray
+    value: np.ndarray
+    right: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What HiGHS found.
+
+    Args:
+        values: ``(node variables,)`` shares of strategies, or None without a solution.
+        objective: cost of the values.
+        bound: no solution costs less; ``inf`` when proven infeasible.
+        prices: price per byte of each memory row of the call (of a linear relaxation only).
+        finished: solved to optimality or proven infeasible.
+    """
+
+    values: np.ndarray | None
+    objective: float
+    bound: float
+    prices: np.ndarray
+    finished: bool
+
+
+def polytope(problem: Problem) -> Polytope:
+    """Build the local polytope of a problem in bulk; its edges must not be parallel."""
+    sizes = np.array([len(costs) for costs in problem.nodes], np.int64)
+    first = np.cumsum(sizes) - sizes
+    n_choice = int(sizes.sum())
+    finite: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    costs, rows, columns, values = [np.concatenate(problem.nodes)], [], [], []
+    rows.append(np.repeat(np.arange(len(sizes)), sizes))
+    columns.append(np.arange(n_choice))
+    values.append(np.ones(n_choice))
+    row, column = len(sizes), n_choice
+    for u, v, matrix in problem.edges:
+        if id(matrix) not in finite:
+            a, b = np.nonzero(np.isfinite(matrix))
+            finite[id(matrix)] = (a, b, matrix[a, b])
+        a, b, entries = finite[id(matrix)]
+        pair = column + np.arange(len(entries))
+        rows += [row + a, row + sizes[u] + b, row + np.arange(sizes[u] + sizes[v])]
+        columns += [pair, pair, first[u] + np.arange(sizes[u]), first[v] + np.arange(sizes[v])]
+        values += [np.ones(2 * len(entries)), -np.ones(sizes[u] + sizes[v])]
+        costs.append(entries)
+        row, column = row + int(sizes[u] + sizes[v]), column + len(entries)
+    right = np.zeros(row)
+    right[: len(sizes)] = 1.0
+    join = np.concatenate
+    return Polytope(first, join(costs), n_choice, join(rows), join(columns), join(values), right)
+
+
+def entries_of(problem: Problem) -> int:
+    """Number of edge variables the polytope would have: its size, before it is built."""
+    seen = {id(matrix): int(np.isfinite(matrix).sum()) for _, _, matrix in problem.edges}
+    return sum(seen[id(matrix)] for _, _, matrix in problem.edges)
+
+
+def solve_polytope(
+    poly: Polytope,
+    memory: tuple[Rows, list[int]] | None,
+    *,
+    integral: bool,
+    seconds: float,
+    hint: list[int] | None = None,
+    poll: Callable[[], None] = lambda: None,
+) -> Answer:
+    """Solve the integer program or its relaxation under the memory rows listed.
+
+    Args:
+        poly: the polytope.
+        memory: the rows and the indices of those to impose.
+        integral: whether choices must be whole.
+        seconds: time limit.
+        hint: a feasible choice to start from.
+        poll: called while HiGHS works; it may raise to leave (HiGHS itself then ends at its time limit).
+    """
+    finite = np.isfinite(poly.costs)
+    scale = OBJECTIVE_SCALE / max(np.abs(poly.costs[finite]).max(initial=0.0), 1e-300)
+    model = mathopt.Model.from_model_proto(_proto(poly, memory, integral, np.where(finite, poly.costs * scale, 0.0)))
+    choice = [model.get_variable(index) for index in range(poly.n_choice)]
+    listed = [model.get_linear_constraint(len(poly.right) + at) for at in range(len(memory[1]) if memory else 0)]
+    extra = mathopt.ModelSolveParameters(
+        variable_values_filter=mathopt.VariableFilter(filtered_items=choice),
+        dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=listed),
+    )
+    if hint is not None and integral:
+        chosen = {int(poly.first[node]) + s for node, s in enumerate(hint)}
+        start = {variable: float(index in chosen) for index, variable in enumerate(choice)}
+        extra.solution_hints.append(mathopt.SolutionHint(variable_values=start))
+    result = _run_highs(model, extra, max(seconds, 0.1), poll)
+    return _answer(result, choice, listed, scale, memory[0].limit if memory else 0.0)
+
+
+def _proto(
+    poly: Polytope, memory: tuple[Rows, list[int]] | None, integral: bool, costs: np.ndarray
+) -> model_pb2.ModelProto:
+    proto, n = model_pb2.ModelProto(), len(poly.costs)
+    whole = np.zeros(n, bool)
+    whole[: poly.n_choice] = integral
+    proto.variables.ids.extend(range(n))
+    proto.variables.lower_bounds.extend([0.0] * n)
+    proto.variables.upper_bounds.extend(np.isfinite(poly.costs).astype(np.float64).tolist())
+    proto.variables.integers.extend(whole.tolist())
+    proto.objective.linear_coefficients.ids.extend(range(n))
+    proto.objective.linear_coefficients.values.extend(costs.tolist())
+    row, column, value = poly.row, poly.column, poly.value
+    low, high = poly.right, poly.right
+    if memory is not None:
+        extra = _memory_triplets(poly, *memory)
+        row, column, value = (np.concatenate(pair) for pair in zip((row, column, value), extra, strict=True))
+        low = np.concatenate([low, np.full(len(memory[1]), -math.inf)])
+        high = np.concatenate([high, np.full(len(memory[1]), LIMIT_SCALE)])
+    proto.linear_constraints.ids.extend(range(len(low)))
+    proto.linear_constraints.lower_bounds.extend(low.tolist())
+    proto.linear_constraints.upper_bounds.extend(high.tolist())
+    # MathOpt wants triplets by row, then column, each pair once.
+    place = row * n + column
+    unique, inverse = np.unique(place, return_inverse=True)
+    proto.linear_constraint_matrix.row_ids.extend((unique // n).tolist())
+    proto.linear_constraint_matrix.column_ids.extend((unique % n).tolist())
+    proto.linear_constraint_matrix.coefficients.extend(np.bincount(inverse, value, len(unique)).tolist())
+    return proto
+
+
+def _memory_triplets(poly: Polytope, rows: Rows, listed: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    counts = np.diff(np.append(rows.offset, len(rows.flat)))
+    owner = np.repeat(np.arange(len(rows.node)), counts)
+    column = poly.first[rows.node[owner]] + np.arange(len(rows.flat)) - rows.offset[owner]
+    value = rows.flat * (LIMIT_SCALE / max(rows.limit, 1e-300))
+    out_row, out_column, out_value = [], [], []
+    for at, row in enumerate(listed):
+        live = ((rows.lo <= row) & (row < rows.hi))[owner] & (value != 0.0)
+        out_row.append(np.full(int(live.sum()), len(poly.right) + at))
+        out_column.append(column[live])
+        out_value.append(value[live])
+    if not listed:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
+    return np.concatenate(out_row), np.concatenate(out_column), np.concatenate(out_value)
+
+
+def _run_highs(
+    model: mathopt.Model, extra: mathopt.ModelSolveParameters, seconds: float, poll: Callable[[], None]
+) -> mathopt.SolveResult:
+    """HiGHS in a thread: it cannot be interrupted, but the caller must be able to leave."""
+    limits = mathopt.SolveParameters(
+        time_limit=datetime.timedelta(seconds=seconds), relative_gap_tolerance=1e-9, absolute_gap_tolerance=0.0
+    )
+    results: list[mathopt.SolveResult] = []
+    work = threading.Thread(
+        target=lambda: results.append(
+            mathopt.solve(model, mathopt.SolverType.HIGHS, params=limits, model_params=extra)
+        ),
+        daemon=True,
+    )
+    work.start()
+    while work.is_alive():
+        work.join(POLL_S)
+        poll()
+    return results[0]
+
+
+def _answer(
+    result: mathopt.SolveResult,
+    choice: list[mathopt.Variable],
+    listed: list[mathopt.LinearConstraint],
+    scale: float,
+    limit: float,
+) -> Answer:
+    reason = result.termination.reason
+    if reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
+        return Answer(None, math.inf, math.inf, np.zeros(len(listed)), True)
+    bound = result.termination.objective_bounds.dual_bound / scale
+    prices = np.zeros(len(listed))
+    if result.has_dual_feasible_solution():
+        duals = result.dual_values(listed)
+        prices = np.maximum(-np.array(duals), 0.0) * LIMIT_SCALE / max(limit, 1e-300) / scale
+    if not result.has_primal_feasible_solution():
+        return Answer(None, math.inf, bound, prices, False)
+    values = np.array(result.variable_values(choice))
+    finished = reason == mathopt.TerminationReason.OPTIMAL
+    return Answer(values, result.objective_value() / scale, bound, prices, finished)
+
+
+def violated_rows(usage: np.ndarray, limit: float, known: list[int]) -> list[int]:
+    """The worst rows over the limit that are local maxima and not yet known, at most a few."""
+    left = np.concatenate([[-math.inf], usage[:-1]])
+    right = np.concatenate([usage[1:], [-math.inf]])
+    over = np.flatnonzero((usage > limit * (1 + 1e-9)) & (usage >= left) & (usage > right))
+    order = over[np.argsort(-usage[over], kind="stable")]
+    return [int(row) for row in order if row not in set(known)][:ROWS_PER_ROUND]

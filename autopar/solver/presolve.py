@@ -1,0 +1,279 @@
+"""Exact reductions ``Problem -> (Problem, lift)``: the lifted optimum costs the same as the optimum.
+
+Each is a step over the nodes that changed since it last looked at them, and all are done on ids of hash-consed tables,
+so a repeated layer is reduced by look-ups. ``simplify`` runs the list until nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from autopar.solver.draft import Draft, Lift, Undo, take
+from autopar.solver.eliminate import minimum_of_sum
+from autopar.solver.problem import NoChoiceError, Problem
+from autopar.solver.tables import Tables
+
+Reduction = Callable[[Draft, list[int]], None]
+# Comparing all pairs of strategies under all neighbours takes k^2 s time; beyond this it is not worth it.
+DOMINANCE_STRATEGIES = 512
+MOST_STRATEGIES_MERGED = 512
+ROUNDS = 12
+
+
+def simplify(problem: Problem, tables: Tables, poll: Callable[[], None] = lambda: None) -> tuple[Problem, Lift]:
+    """Run every reduction until none changes anything (or a fixed number of rounds).
+
+    Raises:
+        NoChoiceError: forbidden costs alone exclude every choice.
+    """
+    draft = Draft.of(problem, tables)
+    for _ in range(ROUNDS):
+        todo = sorted(draft.changed)
+        if not todo:
+            break
+        draft.changed = set()
+        for reduction in REDUCTIONS:
+            poll()
+            # What one reduction changes, the next ones see in the same round.
+            reduction(draft, [node for node in sorted(draft.changed.union(todo)) if draft.alive[node]])
+    return draft.finish()
+
+
+def reduce_once(reduction: Reduction, problem: Problem, tables: Tables) -> tuple[Problem, Lift]:
+    """One reduction alone, once over all nodes."""
+    draft = Draft.of(problem, tables)
+    reduction(draft, list(range(len(problem.nodes))))
+    return draft.finish()
+
+
+def forbid_dead(draft: Draft, nodes: list[int]) -> None:
+    """Arc consistency: drop strategies that are forbidden, alone or with every strategy of one neighbour."""
+    queue, waiting = list(reversed(nodes)), set(nodes)
+    while queue:
+        node = queue.pop()
+        waiting.discard(node)
+        key = ("possible", draft.costs[node], frozenset(draft.near[node].values()))
+        kept = draft.tables.memo(key, lambda: _possible(draft.tables, key[1], key[2]))
+        if kept is None:
+            continue
+        if draft.tables[kept].size == 0:
+            raise NoChoiceError("forbidden costs exclude every choice", np.inf, (node,), fix="allow more strategies")
+        draft.keep(node, kept)
+        for other in sorted(set(draft.near[node]) - waiting):
+            waiting.add(other)
+            queue.append(other)
+
+
+def _possible(tables: Tables, costs: int, matrices: frozenset[int]) -> int | None:
+    possible = np.isfinite(tables[costs])
+    for matrix in matrices:
+        possible = possible & np.isfinite(tables[matrix]).any(axis=1)
+    return None if possible.all() else tables.intern(np.flatnonzero(possible))
+
+
+def free_least_usage(draft: Draft, nodes: list[int]) -> None:
+    """Move what every strategy of a node keeps live into the base, and drop usage that is then zero."""
+    tables = draft.tables
+    for node in nodes:
+        for (lo, hi), table in list(draft.live[node].items()):
+            rest, least = tables.memo(("least", table), lambda table=table: _least(tables, table))
+            if least:
+                draft.base.append((lo, hi, least))
+            if rest is None:
+                del draft.live[node][lo, hi]
+            else:
+                draft.live[node][lo, hi] = rest
+
+
+def _least(tables: Tables, table: int) -> tuple[int | None, float]:
+    array = tables[table]
+    least = float(array.min())
+    return (tables.intern(array - least) if (array > least).any() else None), least
+
+
+def absorb_separable(draft: Draft, nodes: list[int]) -> None:
+    """Drop an edge whose matrix is a row plus a column, both of which join the nodes' costs."""
+    for node in nodes:
+        for other, table in list(draft.near[node].items()):
+            parts = draft.tables.memo(("separable", table), lambda table=table: _separable(draft.tables, table))
+            if parts is not None:
+                draft.drop_edge(node, other)
+                draft.add_cost(node, parts[0])
+                draft.add_cost(other, parts[1])
+
+
+def _separable(tables: Tables, table: int) -> tuple[int, int] | None:
+    matrix = tables[table]
+    if not np.isfinite(matrix).all():
+        return None
+    column = matrix.min(axis=1)
+    rest = matrix - column[:, None]
+    return None if (rest != rest[:1]).any() else (tables.intern(column), tables.intern(rest[0]))
+
+
+def drop_fixed(draft: Draft, nodes: list[int]) -> None:
+    """Remove nodes with one strategy; their costs and usage are no choice."""
+    for node in nodes:
+        if draft.size(node) == 1 and draft.alive[node]:
+            for other, table in list(draft.near[node].items()):
+                draft.drop_edge(node, other)
+                draft.add_cost(other, take_row(draft.tables, table))
+            draft.base += [(*span, float(draft.tables[table][0])) for span, table in draft.live[node].items()]
+            draft.constant += float(draft.tables[draft.costs[node]][0])
+            draft.remove(node, (), np.array(0))
+
+
+def take_row(tables: Tables, table: int) -> int:
+    """The first row of a matrix as a vector."""
+    return tables.memo(("row", table), lambda: tables.intern(tables[table][0]))
+
+
+def merge_followers(draft: Draft, nodes: list[int]) -> None:
+    """Merge a node into a neighbour whose every strategy leaves it exactly one: it follows.
+
+    Only where the leader has no more strategies than the follower, or the follower at most one other neighbour: else
+    the follower's other edges would grow. Of two that follow each other the one with more edges leads.
+    """
+    tables = draft.tables
+    queue = list(reversed(nodes))
+    while queue:
+        node = queue.pop()
+        for other, table in list(draft.near[node].items()):
+            followed = tables.memo(("follows", table), lambda table=table: _follows(tables, table))
+            if followed is None or other not in draft.near[node]:
+                continue
+            if draft.size(node) == draft.size(other) and _load(draft, node) < _load(draft, other):
+                table = tables.transpose(table)
+                followed = tables.memo(("follows", table), lambda table=table: _follows(tables, table))
+                if followed is not None:
+                    _merge(draft, other, node, followed)
+                    queue.append(other)
+                    break
+            elif draft.size(node) <= draft.size(other) or len(draft.near[other]) <= 2:
+                _merge(draft, node, other, followed)
+
+
+def _load(draft: Draft, node: int) -> int:
+    return len(draft.near[node]) + len(draft.live[node])
+
+
+def _follows(tables: Tables, table: int) -> tuple[int, int] | None:
+    """``(strategy that follows, its cost)`` per row when each row has exactly one finite entry."""
+    finite = np.isfinite(tables[table])
+    if (finite.sum(axis=1) != 1).any():
+        return None
+    at = finite.argmax(axis=1)
+    return tables.intern(at), tables.intern(tables[table][np.arange(len(at)), at])
+
+
+def _merge(draft: Draft, leader: int, follower: int, followed: tuple[int, int]) -> None:
+    tables, (at, cost) = draft.tables, followed
+    edges = [(other, take(tables, table, at)) for other, table in draft.near[follower].items() if other != leader]
+    live = [(interval, take(tables, table, at)) for interval, table in draft.live[follower].items()]
+    mine = tables.add(take(tables, draft.costs[follower], at), cost)
+    draft.remove(follower, (leader,), tables[at])
+    draft.add_cost(leader, mine)
+    for other, table in edges:
+        draft.add_edge(leader, other, table)
+    for interval, table in live:
+        draft.add_usage(leader, interval, table)
+
+
+def drop_dominated(draft: Draft, nodes: list[int]) -> None:
+    """Drop a strategy if another is never dearer, whatever the neighbours do, and never larger."""
+    for node in nodes:
+        usage = tuple(sorted(set(draft.live[node].values())))
+        key = ("undominated", draft.costs[node], tuple(sorted(draft.near[node].values())), usage)
+        if 1 < draft.size(node) <= DOMINANCE_STRATEGIES:
+            kept = draft.tables.memo(key, lambda key=key: _undominated(draft.tables, *key[1:]))
+            if kept is not None:
+                draft.keep(node, kept)
+
+
+def _undominated(tables: Tables, costs: int, matrices: tuple[int, ...], usage: tuple[int, ...]) -> int | None:
+    array = tables[costs]
+    better = array[:, None] - array[None, :]
+    for matrix in matrices:
+        if not (better >= 0).any(where=~np.eye(len(array), dtype=bool)):
+            return None
+        gain = tables.memo(("gain", matrix), lambda matrix=matrix: tables.intern(_gain(tables[matrix])))
+        better = better + tables[gain]
+    at_least = better >= 0
+    for table in usage:
+        at_least &= tables[table][:, None] >= tables[table][None, :]
+    # Of strategies as good as each other the first stays.
+    first = np.arange(len(array))[:, None] > np.arange(len(array))[None, :]
+    dominated = (at_least & (~at_least.T | first)).any(axis=1)
+    return tables.intern(np.flatnonzero(~dominated)) if dominated.any() else None
+
+
+def _gain(matrix: np.ndarray) -> np.ndarray:
+    """``gain[a, b] = min over columns of matrix[a] - matrix[b]``; columns forbidden to ``a`` do not count."""
+    gain = np.full((len(matrix), len(matrix)), np.inf)
+    for column in matrix.T:
+        # inf - inf is "forbidden to a": it must not count, so it is inf as well.
+        forbidden = np.isinf(column)
+        finite = np.where(forbidden, 0.0, column)
+        step = finite[:, None] - np.where(forbidden, np.inf, finite)[None, :]
+        step[forbidden] = np.inf
+        np.minimum(gain, step, out=gain)
+    return gain
+
+
+def eliminate_free(draft: Draft, nodes: list[int]) -> None:
+    """Eliminate nodes without usage and with at most two neighbours; the result is a cost or an edge."""
+    queue, waiting = list(reversed(nodes)), set(nodes)
+    while queue:
+        node = queue.pop()
+        waiting.discard(node)
+        near = tuple(sorted(draft.near[node]))
+        if len(near) > 2 or draft.live[node] or not draft.alive[node]:
+            continue
+        parts = tuple(draft.near[node][other] for other in near)
+        key = ("free", draft.costs[node], parts)
+        result, best, least = draft.tables.memo(key, lambda key=key: _eliminate_free(draft.tables, key[1], key[2]))
+        draft.remove(node, near, best)
+        draft.constant += least
+        if len(near) == 1:
+            draft.add_cost(near[0], result)
+        elif near:
+            draft.add_edge(near[0], near[1], result)
+        for other in near:
+            if other not in waiting:
+                waiting.add(other)
+                queue.append(other)
+
+
+def _eliminate_free(tables: Tables, costs: int, parts: tuple[int, ...]) -> tuple[int, np.ndarray, float]:
+    arrays = [tables[costs].reshape([-1] + [1] * len(parts))]
+    for axis, table in enumerate(parts):
+        shape = [tables[table].shape[0]] + [1] * len(parts)
+        shape[1 + axis] = tables[table].shape[1]
+        arrays.append(tables[table].reshape(shape))
+    low, best = minimum_of_sum(arrays)
+    least = float(low.min())
+    least = least if np.isfinite(least) else 0.0
+    return tables.intern(low - least), best, least
+
+
+def restrict(problem: Problem, tables: Tables, kept: list[np.ndarray]) -> tuple[Problem, Lift]:
+    """Keep only the strategies listed for each node (not exact in itself: the caller knows why they suffice)."""
+    draft = Draft.of(problem, tables)
+    for node, strategies in enumerate(kept):
+        if len(strategies) < draft.size(node):
+            draft.keep(node, tables.intern(strategies))
+    return draft.finish()
+
+
+REDUCTIONS: tuple[Reduction, ...] = (
+    forbid_dead,
+    free_least_usage,
+    drop_fixed,
+    absorb_separable,
+    merge_followers,
+    drop_dominated,
+    eliminate_free,
+)
+__all__ = ["REDUCTIONS", "Undo", "reduce_once", "restrict", "simplify"]

@@ -1,0 +1,186 @@
+"""The solver's problem: a graph whose nodes each pick one strategy, under a limit on what is live at any time.
+
+The format is that of Google's contest on intra-operator parallelism (IOPDDL, ASPLOS / EuroSys 2025): node costs, a cost
+matrix on each edge, and for each node the bytes its strategy keeps live during half-open intervals of time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.errors import InfeasibleError, ProblemError
+
+
+@dataclass(frozen=True, eq=False)
+class Usage:
+    """Bytes that each strategy of one node keeps live during ``[lo, hi)``.
+
+    Args:
+        node: index of the node.
+        lo: first time point.
+        hi: the time point after the last one; ``hi <= lo`` means never live.
+        bytes: shape ``(k,)``, not negative, finite.
+    """
+
+    node: int
+    lo: int
+    hi: int
+    bytes: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Nodes pick strategies; minimise node plus edge costs while every time's usage stays within the limit.
+
+    Pass *the same array object* wherever structure repeats (every layer's copy of a matrix): the solver shares all its
+    work among equal tables, and recognises the same object without looking at its content.
+
+    Args:
+        nodes: cost of each strategy, one float64 array of shape ``(k_i,)`` per node; ``math.inf`` forbids.
+        edges: ``(u, v, matrix)`` with ``u != v`` and a float64 matrix of shape ``(k_u, k_v)``; parallel edges add.
+        usages: what is live when; a node may have several, or none.
+        limit: most bytes live at any time; None for no limit.
+
+    Raises:
+        ProblemError: a shape, an index or a number that makes no sense.
+    """
+
+    nodes: tuple[np.ndarray, ...]
+    edges: tuple[tuple[int, int, np.ndarray], ...] = ()
+    usages: tuple[Usage, ...] = ()
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        checked: set[int] = set()
+        for index, costs in enumerate(self.nodes):
+            _check_table(costs, 1, f"node {index}", checked)
+        for index, (u, v, matrix) in enumerate(self.edges):
+            self._check_edge(index, u, v, matrix, checked)
+        for index, usage in enumerate(self.usages):
+            self._check_usage(index, usage, checked)
+        if self.limit is not None and not self.limit >= 0:
+            raise ProblemError(f"limit {self.limit} is not a number of bytes", fix="pass limit >= 0, or None")
+
+    def _check_edge(self, index: int, u: int, v: int, matrix: np.ndarray, checked: set[int]) -> None:
+        where = f"edge {index} ({u}, {v})"
+        n = len(self.nodes)
+        if u == v or not (0 <= u < n and 0 <= v < n):
+            raise ProblemError(f"an edge joins two different nodes below {n}", where=where, fix="fix its ends")
+        _check_table(matrix, 2, where, checked)
+        shape = (len(self.nodes[u]), len(self.nodes[v]))
+        if matrix.shape != shape:
+            raise ProblemError(f"matrix is {matrix.shape}, strategies are {shape}", where=where, fix="reshape it")
+
+    def _check_usage(self, index: int, usage: Usage, checked: set[int]) -> None:
+        where = f"usage {index} of node {usage.node}"
+        if not 0 <= usage.node < len(self.nodes):
+            raise ProblemError(f"there are {len(self.nodes)} nodes", where=where, fix="fix its node")
+        if usage.bytes.shape != self.nodes[usage.node].shape:
+            what = f"bytes are {usage.bytes.shape}, strategies are {self.nodes[usage.node].shape}"
+            raise ProblemError(what, where=where, fix="give one number per strategy")
+        if ("bytes", id(usage.bytes)) in checked:
+            return
+        checked.add(("bytes", id(usage.bytes)))  # type: ignore[arg-type]
+        if not (np.all(np.isfinite(usage.bytes)) and np.all(usage.bytes >= 0)):
+            raise ProblemError("bytes must be finite and not negative", where=where, fix="forbid by cost instead")
+
+    def cost(self, strategies: Sequence[int]) -> float:
+        """Sum of node and edge costs of one strategy per node; ``inf`` if one is forbidden."""
+        terms = [float(costs[s]) for costs, s in zip(self.nodes, strategies, strict=True)]
+        terms += [float(matrix[strategies[u], strategies[v]]) for u, v, matrix in self.edges]
+        return math.inf if math.inf in terms else math.fsum(terms)
+
+    def peak(self, strategies: Sequence[int]) -> float:
+        """Most bytes live at any time; 0 when nothing is ever live."""
+        change: dict[int, list[float]] = {}
+        for usage in self.usages:
+            if usage.lo < usage.hi:
+                live = float(usage.bytes[strategies[usage.node]])
+                change.setdefault(usage.lo, []).append(live)
+                change.setdefault(usage.hi, []).append(-live)
+        return max(np.cumsum([math.fsum(change[time]) for time in sorted(change)]), default=0.0)
+
+    def feasible(self, strategies: Sequence[int]) -> bool:
+        """Whether the cost is finite and the peak within the limit."""
+        within = self.limit is None or self.peak(strategies) <= self.limit
+        return within and math.isfinite(self.cost(strategies))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a running solve stands.
+
+    Args:
+        seconds: since the start.
+        incumbent: cost of the best feasible choice so far; ``inf`` without one.
+        bound: no choice costs less.
+        stage: what is being done, in a few words.
+    """
+
+    seconds: float
+    incumbent: float
+    bound: float
+    stage: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One strategy per node, with its certificate.
+
+    Args:
+        strategies: index into each node's costs.
+        objective: the problem's cost of these strategies, recomputed from the problem as it was given.
+        lower_bound: no feasible choice costs less (within float64 rounding, 1e-9 relative).
+        proven: whether the gap is zero within that rounding, or within the relative gap asked for.
+        seconds: wall time of the solve.
+        stats: what the solver did, for tables and logs.
+    """
+
+    strategies: tuple[int, ...]
+    objective: float
+    lower_bound: float
+    proven: bool
+    seconds: float
+    stats: dict[str, float]
+
+    @property
+    def gap(self) -> float:
+        """``(objective - lower_bound) / |objective|``; 0 is proven optimal."""
+        return relative_gap(self.objective, self.lower_bound)
+
+
+def relative_gap(objective: float, bound: float) -> float:
+    """Distance of a bound from an objective, relative to the larger magnitude of the two."""
+    if not math.isfinite(objective - bound):
+        return math.inf
+    return max(0.0, objective - bound) / max(abs(objective), abs(bound), 1e-300)
+
+
+class NoChoiceError(InfeasibleError):
+    """No choice is feasible, or none was found.
+
+    Attributes:
+        least_bytes: no choice has a lower peak than this; ``inf`` when forbidden costs alone exclude every choice.
+        nodes: indices of the nodes that make that peak, the largest first.
+    """
+
+    def __init__(self, what: str, least_bytes: float, nodes: tuple[int, ...], *, where: str = "", fix: str = "") -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.least_bytes, self.nodes = least_bytes, nodes
+
+
+def _check_table(table: np.ndarray, ndim: int, where: str, checked: set[int]) -> None:
+    """One look at each distinct array object: a train step passes thousands of references to a few."""
+    if id(table) in checked:
+        return
+    checked.add(id(table))
+    if not isinstance(table, np.ndarray) or table.ndim != ndim or table.dtype != np.float64:
+        raise ProblemError(f"costs must be a float64 array with {ndim} dimensions", where=where, fix="convert them")
+    if table.size == 0:
+        raise ProblemError("a node needs at least one strategy", where=where, fix="drop the node")
+    if np.isnan(table).any() or np.isneginf(table).any():
+        raise ProblemError("a cost is NaN or -inf", where=where, fix="use math.inf to forbid a strategy")

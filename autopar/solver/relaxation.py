@@ -1,0 +1,106 @@
+"""The relaxed solvers: the problem without memory rows, its node costs changed by prices on usage.
+
+Both return a choice and a bound that holds for every choice at those prices. ``ExactRelaxation`` eliminates, and its
+choice attains the bound; ``SweepRelaxation`` (in ``messages``) takes over where tables would be too wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from autopar.solver.eliminate import Order, decode, eliminate, elimination_order
+from autopar.solver.problem import Problem
+from autopar.solver.rows import Rows
+from autopar.solver.tables import Tables
+
+
+class Relaxation(Protocol):
+    """Minimise node plus edge costs for other node costs."""
+
+    exact: bool
+
+    def minimise(self, costs: list[int]) -> tuple[list[int], float]:
+        """``(strategies, bound)`` for node costs given by table id; the bound is ``inf`` when all is forbidden."""
+        ...
+
+
+class ExactRelaxation:
+    """Exact elimination; the order is computed once, tables that do not change are never joined again."""
+
+    exact = True
+
+    def __init__(self, problem: Problem, tables: Tables, order: Order, poll: Callable[[], None]) -> None:
+        self._tables, self._order, self._poll = tables, order, poll
+        self._edges = edges_of(problem, tables)
+
+    def minimise(self, costs: list[int]) -> tuple[list[int], float]:
+        """``(strategies, their cost)``: the minimum."""
+        least, steps = eliminate(self._tables, costs, self._edges, self._order, self._poll)
+        return decode(steps, len(costs)), least
+
+
+def edges_of(problem: Problem, tables: Tables) -> list[tuple[int, int, int]]:
+    """``(u, v, table id)`` with ``u < v``, parallel edges added, in order of ``(u, v)``."""
+    joined: dict[tuple[int, int], int] = {}
+    for u, v, matrix in problem.edges:
+        table = tables.intern(matrix)
+        if u > v:
+            u, v, table = v, u, tables.transpose(table)
+        joined[u, v] = tables.add(joined[u, v], table) if (u, v) in joined else table
+    return [(u, v, table) for (u, v), table in sorted(joined.items())]
+
+
+def order_of(problem: Problem, wide_entries: int) -> Order:
+    """The elimination order of a problem's graph."""
+    sizes = [len(costs) for costs in problem.nodes]
+    return elimination_order(sizes, [(u, v) for u, v, _ in problem.edges], wide_entries)
+
+
+class Pricing:
+    """Node costs at given prices, one table per distinct (cost, usage, price): equal layers stay equal.
+
+    Prices are rounded to a power of two small enough not to matter, so that sums of prices over equal rows are equal
+    whatever comes before them; priced costs are whole quanta, like all costs.
+    """
+
+    PRICE_BITS = 40
+
+    def __init__(self, problem: Problem, tables: Tables, rows: Rows) -> None:
+        self._tables, self._rows = tables, rows
+        self._costs = [tables.intern(costs) for costs in problem.nodes]
+        self._entries: list[tuple[int, int]] = []
+        order = np.argsort(rows.node, kind="stable")
+        sizes = np.diff(np.append(rows.offset, len(rows.flat)))
+        for entry in order:
+            array = rows.flat[rows.offset[entry] : rows.offset[entry] + sizes[entry]]
+            self._entries.append((int(rows.node[entry]), tables.intern(array)))
+        self._order = order
+
+    def round(self, prices: np.ndarray) -> np.ndarray:
+        """Prices as multiples of one power of two."""
+        total = float(prices.sum())
+        if total <= 0.0:
+            return np.zeros_like(prices)
+        grain = 2.0 ** (np.frexp(total)[1] - self.PRICE_BITS)
+        return np.floor(prices / grain) * grain
+
+    def costs(self, prices: np.ndarray) -> list[int]:
+        """Table id of each node's cost plus priced usage."""
+        out = list(self._costs)
+        terms: dict[int, list[tuple[int, float]]] = {}
+        weights = self._rows.weights(prices)[self._order].tolist()
+        for (node, table), weight in zip(self._entries, weights, strict=True):
+            if weight != 0.0:
+                terms.setdefault(node, []).append((table, weight))
+        for node, priced in terms.items():
+            key = ("priced", out[node], tuple(sorted(priced)))
+            out[node] = self._tables.memo(key, lambda key=key: self._add(key[1], key[2]))
+        return out
+
+    def _add(self, costs: int, priced: tuple[tuple[int, float], ...]) -> int:
+        tables = self._tables
+        total = tables[costs] + np.rint(sum(weight * tables[table] for table, weight in priced))
+        return tables.intern(total)

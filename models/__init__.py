@@ -1,0 +1,1 @@
+"""Plain Flax train steps, each with `make(**settings) -> (train_step, state, batch)`, without autopar."""
