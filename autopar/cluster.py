@@ -114,10 +114,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """A connection of one device: bytes per second that it receives while sending, and seconds per step."""
+    """A connection of one device.
+
+    Attributes:
+        bandwidth_Bps: bytes per second that it receives while sending as many.
+        alpha_s: seconds that one step of a collective takes however little it moves.
+        all_to_all_efficiency: the share of the bandwidth that an all_to_all, in its many pieces, reaches.
+    """
 
     bandwidth_Bps: float
     alpha_s: float
+    all_to_all_efficiency: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jax._src import source_info_util
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.extend.random import threefry2x32_p
 
@@ -15,14 +16,14 @@ def result_shapes(
     primitive: Primitive, operands: Sequence[jax.ShapeDtypeStruct], params: Mapping[str, Any]
 ) -> tuple[tuple[int, ...], ...]:
     """Shapes of an equation's results, from the avals of its operands."""
-    avals = [jax.core.ShapedArray(x.shape, x.dtype) for x in operands]
+    avals = [ShapedArray(x.shape, x.dtype) for x in operands]
     results, _ = primitive.abstract_eval(*avals, **params)
     return tuple(tuple(aval.shape) for aval in (results if primitive.multiple_results else [results]))
 
 
 def key_impl(dtype: Any) -> Any:
-    """The generator behind a key dtype (``.name``, ``.key_shape``), or None if ``dtype`` is not one of keys."""
-    return dtype._impl if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else None
+    """The generator behind a dtype of keys (``.name``, ``.key_shape``), or None for any other dtype."""
+    return dtype._impl if jax.numpy.issubdtype(dtype, jax.dtypes.prng_key) else None
 
 
 def source_line(source_info: Any) -> str:

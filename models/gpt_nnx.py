@@ -9,6 +9,7 @@ metrics only, and the caller's objects hold the new values:
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models import data
-from models.common import TransformerSettings, configure, make_optimizer, make_state_and_batch, token_loss
+from models.common import (
+    JIT_ONCE,
+    TransformerSettings,
+    configure,
+    make_optimizer,
+    make_state_and_batch,
+    token_loss,
+)
 from models.transformer import MLP_RATIO, causal_mask
 
 State = tuple["GPT", nnx.Optimizer]
@@ -115,5 +123,10 @@ def make(**settings: Any) -> tuple[Any, State, data.Batch]:
     """The train step, its state and a batch of text; `settings` are the fields of `Config`."""
     config = configure(Config, settings)
     sample = functools.partial(data.next_token_batch, batch=config.batch, seq=config.seq, vocab=config.vocab)
-    state, batch = make_state_and_batch(config, init, sample, jit=nnx.jit, eval_shape=nnx.eval_shape)
+    state, batch = make_state_and_batch(config, init, sample, jit=_jit_once, eval_shape=nnx.eval_shape)
     return train_step, state, batch
+
+
+def _jit_once(function: Callable[[], Any]) -> Callable[[], Any]:
+    """`common.JIT_ONCE` for a function that returns NNX objects."""
+    return lambda: nnx.merge(*JIT_ONCE(lambda: nnx.split(function()))())

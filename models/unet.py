@@ -58,7 +58,7 @@ class ResidualBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Noisy images float32 (batch, image, image, 1) and times float32 (batch,) -> the noise, like the images."""
+    """Noisy images float32 (batch, image, image, 1) and times float32 (batch,) -> noise like the images."""
 
     config: Config
 

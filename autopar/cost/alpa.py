@@ -10,10 +10,10 @@ from autopar.cost.model import Work
 class AlpaCost:
     """Alpa's cost model: alpha + beta * bytes moved + a constant per collective; computation is free.
 
-    The prices are in Alpa's own unit (alpha = 1 and beta = 1 in its tests), not in seconds. Source: Alpa 0.2.3,
-    ``alpa/device_mesh.py`` (``LogicalDeviceMesh.all_gather_cost`` and its neighbours). An axis of size 1 is
-    free, which Alpa gets by not listing such strategies; several axes are priced one after another, innermost
-    first, each level leaving 1/size of the bytes to the next.
+    The prices are in a unit of its own (alpha = beta = 1 in Alpa's tests), not in seconds. An axis of size 1
+    is free, which Alpa gets by not listing such strategies; several axes are priced one after another,
+    innermost first, each level leaving 1/size of the bytes to the next. Source: Alpa 0.2.3,
+    ``alpa/device_mesh.py`` (``LogicalDeviceMesh.all_gather_cost`` and its neighbours).
 
     Attributes:
         mesh: the mesh.

@@ -1,5 +1,6 @@
 """Measures the devices at hand and fits the figures of a hardware profile to them by least squares."""
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +70,8 @@ def write_calibration(path: str | Path, cluster: Cluster, samples: Sequence[Samp
     """Writes the profile that ``hardware(path)`` reads."""
     source = f"measured: {len(samples)} timings with JAX {jax.__version__}"
     fields = ("peak_flops", "flops_efficiency", "memory_bytes", "memory_Bps", "memory_efficiency")
-    links = ("link.bandwidth_Bps", "link.alpha_s", "network.bandwidth_Bps", "network.alpha_s")
+    figures = ("bandwidth_Bps", "alpha_s", "all_to_all_efficiency")
+    links = (f"{link}.{figure}" for link in ("link", "network") for figure in figures)
     places = ("domain_devices", "devices_per_host")
     write_profile(path, cluster, dict.fromkeys((*fields, *places, *links), source))
 
@@ -123,7 +125,7 @@ def fit(samples: Sequence[Sample], device: Any, n_devices: int) -> Cluster:
 
     A matrix product and a copy take a constant plus a time proportional to their flops or bytes; the best
     rate seen is the peak, and the fitted slope's share of it the efficiency. A collective takes what
-    ``RooflineCost`` says, which is linear in alpha and 1/bandwidth.
+    ``RooflineCost`` says, which is linear in alpha and 1/bandwidth; an all_to_all has a bandwidth of its own.
     """
     groups: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
@@ -162,12 +164,18 @@ def _link(samples: Sequence[Sample], n_devices: int) -> Link | None:
     if not samples:
         return None
     steps, passes = (_unit_cost(link, n_devices) for link in (Link(float("inf"), 1.0), Link(1.0, 0.0)))
-    rows = [
-        tuple(unit.collective_s(s.kind, s.amount, (timing.AXIS,)) for unit in (steps, passes))
-        for s in samples
-    ]
-    alpha_s, s_per_byte = _least_squares(rows, [s.seconds for s in samples])
-    return Link(bandwidth_Bps=1 / s_per_byte if s_per_byte else float("inf"), alpha_s=alpha_s)
+
+    def fitted(exchanges: bool) -> Link:
+        chosen = [s for s in samples if (s.kind == "all_to_all") == exchanges]
+        rows = [
+            tuple(unit.collective_s(s.kind, s.amount, (timing.AXIS,)) for unit in (steps, passes))
+            for s in chosen
+        ]
+        alpha_s, s_per_byte = _least_squares(rows, [s.seconds for s in chosen])
+        return Link(bandwidth_Bps=1 / s_per_byte if s_per_byte else float("inf"), alpha_s=alpha_s)
+
+    link, exchange = fitted(exchanges=False), fitted(exchanges=True)
+    return dataclasses.replace(link, all_to_all_efficiency=exchange.bandwidth_Bps / link.bandwidth_Bps)
 
 
 def _unit_cost(link: Link, n_devices: int) -> RooflineCost:

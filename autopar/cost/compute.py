@@ -42,9 +42,10 @@ REDUCTIONS = _names(
 )
 SCANS = _names("cumlogsumexp cummax cummin cumprod cumsum")
 
-# Threefry-2x32 makes two words from 20 rounds of add, rotate (2 shifts, or) and xor, and 5 key injections of
-# 3 additions (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): 115 operations.
-_FLOPS_PER_RANDOM_WORD = 57.5
+# Threefry-2x32 makes two words from 20 rounds of add, rotate (2 shifts, or) and xor, and 5 key injections
+# of 3 additions (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): 115 operations.
+# random_bits folds the two words into one (JAX's partitionable threefry), with 2 more.
+_FLOPS_PER_THREEFRY = 115
 
 
 def fusible(primitive: str) -> bool:
@@ -62,12 +63,15 @@ _FUSED_MOVES = MOVING - {"optimization_barrier", "device_put"}
 def equation_flops(primitive: str, params: Mapping[str, Any], operands: Shapes, results: Shapes) -> float:
     """Floating-point operations of one equation, without transcendentals; 0 for those that only move data.
 
-    A call or loop counts nothing by itself: ask about the equations of its body.
+    A call counts as its body, at the shapes that the body has; a scan as often as it is long, a while loop
+    once, a conditional as its largest branch.
 
     >>> params = {"dimension_numbers": (((1,), (0,)), ((), ()))}
     >>> equation_flops("dot_general", params, [(8, 16), (16, 4)], [(8, 4)])
     1024.0
     """
+    if primitive in _REGIONS:
+        return _region(params)
     if primitive in _COUNTS:
         return float(_COUNTS[primitive](params, operands, results))
     if primitive in ARITHMETIC:
@@ -104,7 +108,7 @@ def _convolution(params: Mapping[str, Any], operands: Shapes, results: Shapes) -
             ),
         )
     batch, features = out[numbers.out_spec[0]], out[numbers.out_spec[1]]
-    return 2 * batch * features * kernel[numbers.rhs_spec[1]] * positions / params["batch_group_count"]
+    return 2 * batch * features * kernel[numbers.rhs_spec[1]] * positions
 
 
 def _valid_positions(image: int, kernel: int, out: int, window: tuple[int, int, int, int]) -> int:
@@ -144,7 +148,37 @@ def _per_element(params: Mapping[str, Any], operands: Shapes, results: Shapes) -
 
 
 def _random(params: Mapping[str, Any], operands: Shapes, results: Shapes) -> float:
-    return _FLOPS_PER_RANDOM_WORD * sum(map(math.prod, results))
+    return (_FLOPS_PER_THREEFRY + 2) * math.prod(results[0])
+
+
+def _threefry(params: Mapping[str, Any], operands: Shapes, results: Shapes) -> float:
+    return _FLOPS_PER_THREEFRY * math.prod(results[0])
+
+
+_REGIONS = _names(
+    """checkpoint closed_call cond core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr jit pjit
+    remat remat2 scan while"""
+)
+
+
+def _region(params: Mapping[str, Any]) -> float:
+    if branches := params.get("branches"):
+        return max(map(_body, branches))
+    bodies = [params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "body_jaxpr") if name in params]
+    return params.get("length", 1) * sum(map(_body, bodies))
+
+
+def _body(jaxpr: Any) -> float:
+    """Flops of a jaxpr, open or closed."""
+    return sum(
+        equation_flops(
+            eqn.primitive.name,
+            eqn.params,
+            [atom.aval.shape for atom in eqn.invars],
+            [variable.aval.shape for variable in eqn.outvars],
+        )
+        for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns
+    )
 
 
 _COUNTS: dict[str, Callable[[Mapping[str, Any], Shapes, Shapes], float]] = {
@@ -154,7 +188,7 @@ _COUNTS: dict[str, Callable[[Mapping[str, Any], Shapes, Shapes], float]] = {
     "top_k": _sort,
     "integer_pow": _power,
     "random_bits": _random,
-    "threefry2x32": _random,
+    "threefry2x32": _threefry,
     **dict.fromkeys(SCANS, _per_element),
     **dict.fromkeys(("scatter-add", "scatter-mul", "scatter-min", "scatter-max", "scatter_add"), _scatter),
     **dict.fromkeys(("reduce_window_sum", "reduce_window_max", "reduce_window_min"), _windows),

@@ -102,11 +102,10 @@ class Level:
         On a ring or line the cut through its middle binds: size/2 devices each send half their buffer across,
         nbytes * size / 4 in all (Austin et al., "How to Scale Your Model", chapter 3).
         """
-        passes = (self.size - 1) / self.size
-        return (
-            self.alpha_s
-            + nbytes * (max(passes, self.size / 4) if self.ring else passes) / self.link.bandwidth_Bps
-        )
+        share = (self.size - 1) / self.size
+        passes = max(share, self.size / 4) if self.ring else share
+        reached_Bps = self.link.bandwidth_Bps * self.link.all_to_all_efficiency
+        return self.alpha_s + nbytes * passes / reached_Bps
 
     def permute_s(self, nbytes: float) -> float:
         """Each device sends ``nbytes`` to one other."""
@@ -118,7 +117,8 @@ class RooflineCost:
     """Roofline computation and alpha-beta collectives from a cluster's data.
 
     Devices fill the mesh in row-major order, so that the last axes lie inside a domain of fast links. A
-    collective over several axes, or over an axis that spans domains, is hierarchical: innermost level first.
+    collective over several axes, or over an axis that spans domains, is hierarchical: innermost level first,
+    one level after another. (A TPU may use the links of several axes at once; this is not counted on.)
     """
 
     cluster: Cluster
@@ -131,9 +131,16 @@ class RooflineCost:
 
     def compute_s(self, work: Work) -> float:
         """Roofline: the larger of arithmetic and memory time (Williams, Waterman, Patterson, 2009)."""
-        device = self.cluster.device
-        arithmetic_s = work.flops / (device.peak(work.dtype) * device.flops_efficiency)
-        return max(arithmetic_s, self.memory_s(work.nbytes))
+        reached = self._reached_flops.get(work.dtype)
+        if reached is None:
+            device = self.cluster.device
+            reached = self._reached_flops[work.dtype] = device.peak(work.dtype) * device.flops_efficiency
+        return max(work.flops / reached, self.memory_s(work.nbytes))
+
+    @cached_property
+    def _reached_flops(self) -> dict[str, float]:
+        """Operations per second by dtype, for the dtypes met so far."""
+        return {}
 
     def memory_s(self, nbytes: float) -> float:
         """Seconds to move ``nbytes`` through device memory."""
@@ -144,9 +151,24 @@ class RooflineCost:
         """Seconds of one collective over ``axes``; free when their sizes are all 1.
 
         Raises:
-            KeyError: an unknown kind or axis.
+            KeyError: an unknown kind.
+            ValueError: an axis that the mesh does not have.
         """
-        levels = [level for name in self.mesh.names[::-1] if name in axes for level in self._levels[name]]
+        line = self._lines.get((kind, axes))
+        if line is None:
+            fixed_s = self._levelled_s(kind, 0.0, axes)
+            s_per_byte = (self._levelled_s(kind, _MANY_BYTES, axes) - fixed_s) / _MANY_BYTES
+            line = self._lines[kind, axes] = (fixed_s, s_per_byte)
+        return line[0] + nbytes * line[1]
+
+    @cached_property
+    def _lines(self) -> dict[tuple[str, tuple[str, ...]], tuple[float, float]]:
+        """The collectives priced so far: every price is a constant plus a multiple of the bytes."""
+        return {}
+
+    def _levelled_s(self, kind: str, nbytes: float, axes: tuple[str, ...]) -> float:
+        spanned = sorted(axes, key=self.mesh.names.index, reverse=True)
+        levels = [level for name in spanned for level in self._levels[name]]
         if kind in ("all_gather", "reduce_scatter"):
             return _hierarchical_s(levels, nbytes)
         if kind == "all_reduce":
@@ -175,6 +197,9 @@ class RooflineCost:
         if self.mesh.n_devices <= domain:
             return size
         return max(n for n in range(1, size + 1) if size % n == 0 and (n == 1 or domain % (stride * n) == 0))
+
+
+_MANY_BYTES = 1e15
 
 
 def _hierarchical_s(levels: list[Level], nbytes: float) -> float:

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "devices"
-_REPEATS = 5
+_MOST_BATCHES, _LEAST_BATCHES = 5, 2
+_ENOUGH_S = 0.5  # after this long, the least number of batches will do
 _LEAST_S = 2e-3  # a batch of calls lasts at least this long, so that the clock and the dispatch do not count
 
 
@@ -42,7 +43,10 @@ def seconds_per_call(function: Callable[..., Any], operands: Sequence[jax.Array]
     """The median, over batches of calls, of the seconds that one call takes; compilation is not counted."""
     jax.block_until_ready(function(*operands))
     n_calls = max(1, round(_LEAST_S / max(_batch_s(function, operands, 1), 1e-9)))
-    return statistics.median(_batch_s(function, operands, n_calls) / n_calls for _ in range(_REPEATS))
+    batches_s: list[float] = []
+    while len(batches_s) < (_MOST_BATCHES if sum(batches_s) < _ENOUGH_S else _LEAST_BATCHES):
+        batches_s.append(_batch_s(function, operands, n_calls))
+    return statistics.median(batches_s) / n_calls
 
 
 def _batch_s(function: Callable[..., Any], operands: Sequence[jax.Array], n_calls: int) -> float:

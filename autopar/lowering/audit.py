@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from autopar import plan
 from autopar.cluster import Mesh
 from autopar.errors import MeshError
 from autopar.lowering import hlo
+from autopar.plan import Collective as Predicted
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Audit:
 
     Attributes:
         collectives: sorted by kind and axes.
-        flops: XLA's count; it counts the body of a loop once.
+        flops: XLA's count, with products and convolutions in loops as often as the loop runs.
         argument_bytes: the arguments.
         output_bytes: the results, aliased ones included.
         temp_bytes: everything else that the step allocates.
@@ -75,7 +75,7 @@ def audit(compiled: Any, mesh: Mesh) -> Audit:
     held_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Audit(
         collectives=_collectives(module, mesh),
-        flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)),
+        flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)) + hlo.repeated_flops(module),
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
@@ -136,11 +136,13 @@ class Difference:
 # one tuple, sending 16-bit floats as float32 on CPU, padding a fused reduce-scatter on TPU).
 SLICED = "an all_reduce and the slice of its result became a reduce_scatter (XLA's ReduceScatterCreator)"
 DROPPED = "XLA merged identical collectives, or dropped one of a constant or of an unused value"
+NARROWED = "the TPU rounds float32 to bfloat16 before it gathers what only matrix products read"
 HALO = "the TPU shifts the rows by which it padded a reduce_scatter to its neighbours"
+_NARROW = ("bfloat16", "float16")
 _HALO_SHARE = 0.02  # such a shift moves at most some tiles of 8 or 16 rows
 
 
-def compare(predicted: Iterable[plan.Collective], audited: Audit, mesh: Mesh) -> tuple[Difference, ...]:
+def compare(predicted: Iterable[Predicted], audited: Audit, mesh: Mesh) -> tuple[Difference, ...]:
     """Where compiled collectives differ from ``predicted`` ones in kind, axes, count or bytes.
 
     A difference that the compiler is known to make carries its explanation; check
@@ -152,14 +154,15 @@ def compare(predicted: Iterable[plan.Collective], audited: Audit, mesh: Mesh) ->
         for key in sorted(expected.keys() | built.keys())
         if expected[key] != built[key]
     }
-    return tuple(_explained(found, differences, built) for found in differences.values())
+    narrow = _by_kind_and_axes((c for c in audited.collectives if c.dtype in _NARROW), mesh)
+    return tuple(_explained(found, differences, built, narrow) for found in differences.values())
 
 
 _Key = tuple[str, tuple[str, ...]]
 
 
 def _by_kind_and_axes(
-    collectives: Iterable[plan.Collective | Collective], mesh: Mesh
+    collectives: Iterable[Predicted | Collective], mesh: Mesh
 ) -> defaultdict[_Key, tuple[float, int]]:
     totals: defaultdict[_Key, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for one in collectives:
@@ -171,7 +174,10 @@ def _by_kind_and_axes(
 
 
 def _explained(
-    found: Difference, others: dict[_Key, Difference], built: defaultdict[_Key, tuple[float, int]]
+    found: Difference,
+    others: dict[_Key, Difference],
+    built: defaultdict[_Key, tuple[float, int]],
+    narrow: defaultdict[_Key, tuple[float, int]],
 ) -> Difference:
     surplus_bytes = found.compiled_bytes - found.predicted_bytes
     twin = {"all_reduce": "reduce_scatter", "reduce_scatter": "all_reduce"}.get(found.kind, "")
@@ -179,6 +185,9 @@ def _explained(
     if other and surplus_bytes == other.predicted_bytes - other.compiled_bytes:
         sliced = surplus_bytes > 0 if found.kind == "reduce_scatter" else surplus_bytes < 0
         return replace(found, explanation=SLICED) if sliced else found
+    narrow_bytes, _ = narrow[found.kind, found.axes]
+    if found.compiled_count == found.predicted_count and 0 < -surplus_bytes <= narrow_bytes:
+        return replace(found, explanation=NARROWED)
     scattered_bytes, _ = built["reduce_scatter", found.axes]
     if found.kind == "collective_permute" and 0 < surplus_bytes <= _HALO_SHARE * scattered_bytes:
         return replace(found, explanation=HALO)

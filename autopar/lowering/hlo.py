@@ -222,9 +222,10 @@ def communications(module: Module, n_devices: int) -> Iterator[Communication]:
     """Every collective that a step runs. Groups of one device, which communicate nothing, are left out."""
     for computation, instruction, times in executions(module, inside_fusions=True):
         opcode = instruction.opcode.removesuffix("-start")
-        if opcode not in KINDS:
+        scope = module.computations[computation]
+        if opcode not in KINDS or _continues(instruction, scope):
             continue
-        scope, groups = module.computations[computation], _groups(instruction)
+        groups = _groups(instruction)
         size = len(groups[0]) if groups else n_devices
         if size == 1:
             continue
@@ -237,6 +238,17 @@ def communications(module: Module, n_devices: int) -> Iterator[Communication]:
         growth = size if kind == "all_gather" else 1
         for dtype, nbytes in parts:
             yield Communication(kind, dtype, nbytes * growth, groups, times)
+
+
+def _continues(instruction: Instruction, scope: dict[str, Instruction]) -> bool:
+    """Whether a fusion of the TPU repeats a collective that another one started.
+
+    The compiler overlaps a collective with other fusions by writing it into each of them, marked with one
+    ``chain_id``; only the computation with the custom call AsyncCollectiveStart counts.
+    """
+    return "chain_id=" in instruction.attributes and not any(
+        "AsyncCollectiveStart" in line.attributes for line in scope.values()
+    )
 
 
 def _array_sent(module: Module, scope: dict[str, Instruction], name: str) -> tuple[str, float]:
@@ -304,7 +316,7 @@ def groups_of(text: str) -> Groups:
 
 
 def _ints(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [int(part) for part in text.split(",") if part]
 
 
 def _iota(dims: list[int], order: list[int] | None) -> list[int]:
@@ -315,6 +327,36 @@ def _iota(dims: list[int], order: list[int] | None) -> list[int]:
         sum(strides[dim] * at for dim, at in zip(order, place, strict=True))
         for place in itertools.product(*(range(dims[dim]) for dim in order))
     ]
+
+
+def repeated_flops(module: Module) -> float:
+    """Flops of the matrix products and convolutions in loops, without the first round of each loop.
+
+    This is what XLA's cost analysis leaves out: it counts the body of a loop once. A convolution counts as if
+    it had no padding. Elementwise arithmetic in loops is left out: its fusions repeat it at will.
+    """
+    return sum(
+        (times - 1) * _product_flops(module.computations[computation], instruction)
+        for computation, instruction, times in executions(module, inside_fusions=True)
+        if times > 1 and instruction.opcode in ("dot", "convolution")
+    )
+
+
+def _product_flops(scope: dict[str, Instruction], product: Instruction) -> float:
+    left, right = (_dims(scope[name].shape) for name in product.operands[:2])
+    if product.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.attributes)
+        summed = math.prod(left[at] for at in _ints(contracted.group(1))) if contracted else 1
+    else:
+        labels = re.search(r"dim_labels=\w+_(\w+)->", product.attributes)
+        features = labels.group(1).index("o") if labels else 0
+        summed = math.prod(right) / right[features]
+    return 2.0 * math.prod(_dims(product.shape)) * summed
+
+
+def _dims(shape: str) -> list[int]:
+    found = re.match(r"\w+\[([\d,]*)\]", shape)
+    return _ints(found.group(1)) if found and found.group(1) else []
 
 
 def estimated_cycles(module: Module) -> int | None:

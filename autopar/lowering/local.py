@@ -1,4 +1,4 @@
-"""An equation on one device: the local rule of its primitive, or the primitive itself on the local operands."""
+"""An equation on one device: its primitive's local rule, or the primitive itself on the local operands."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ Params = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LocalShard:
-    """What a local rule may ask (the protocol ``Shard`` of the registry); use it inside ``jax.shard_map`` only.
+    """What a local rule may ask: the registry's protocol ``Shard``, inside ``jax.shard_map``.
 
     Attributes:
         primitive, params: the equation, with its global parameters.
@@ -65,7 +65,7 @@ class LocalShard:
         return lax.axis_index(axes) if axes else jax.numpy.int32(0)
 
     def offset(self, dim: int, result: int = 0) -> Any:
-        """Where this device's block of dimension ``dim`` of a result starts in the global value (traced int32)."""
+        """Where this device's block of dimension ``dim`` of a result starts in the whole (traced int32)."""
         return self._start(self.rule.results[result][dim])
 
     def operand_offset(self, operand: int, dim: int) -> Any:
@@ -74,7 +74,9 @@ class LocalShard:
 
     def _start(self, factors: tuple[str, ...]) -> Any:
         start, stride = jax.numpy.int32(0), 1
-        for factor in reversed(factors):  # minor first: the stride of a factor is the product of those below it
+        for factor in reversed(
+            factors
+        ):  # minor first: the stride of a factor is the product of those below it
             if self.count(factor) > 1:
                 start += self.index(factor) * (stride * self.rule.sizes[factor] // self.count(factor))
             stride *= self.rule.sizes[factor]
@@ -83,9 +85,7 @@ class LocalShard:
 
 def without_shardings(params: Params) -> dict[str, Any]:
     """The parameters without the explicit shardings that JAX keeps in some: a local program has none."""
-    return {
-        name: None if name in ("sharding", "out_sharding") else value for name, value in params.items()
-    }
+    return {name: None if name in ("sharding", "out_sharding") else value for name, value in params.items()}
 
 
 def run_local(

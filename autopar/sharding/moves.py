@@ -69,7 +69,7 @@ class SpecGraph:
         ends: source and target node of each move, (moves, 2).
         edge: the move from one node to another, -1 where there is none, (nodes, nodes).
         prices: the distinct (kind, axes in mesh order, shards of the larger buffer).
-        price_of: the price of each move, (moves,).
+        price_of: the price of each move, and at the end -1 for no move, (moves + 1,).
     """
 
     axes: Axes
@@ -131,7 +131,7 @@ def spec_graph(rank: int, axes: Axes, monoid: str) -> SpecGraph:
         ends,
         edge,
         tuple(prices),
-        np.array(price_of, int),
+        np.array([*price_of, -1]),
     )
 
 

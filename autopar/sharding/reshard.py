@@ -88,7 +88,7 @@ def plan_reshard(
     return _path(problem, _node(source, problem, cost.mesh), _node(target, problem, cost.mesh), cost)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def reshard_matrix(
     sources: tuple[Spec, ...],
     targets: tuple[Spec, ...],
@@ -136,13 +136,13 @@ class _Distances:
     Attributes:
         nodes: the graph's nodes that divide the shape.
         place: the row of each node of the graph.
-        move_s: seconds of the move from one node to another, infinite where there is none.
+        price_s: seconds of each of the graph's prices, and at the end infinity for no move.
         total_s: seconds of the cheapest path.
     """
 
     nodes: np.ndarray
     place: np.ndarray
-    move_s: np.ndarray
+    price_s: np.ndarray
     total_s: np.ndarray
 
 
@@ -170,7 +170,7 @@ def _node(spec: Spec, problem: _Problem, mesh: Mesh) -> int:
     return graph.index[Spec(dims, spec.partial & set(names))]
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def _distances(problem: _Problem, cost: CommunicationCost) -> _Distances:
     """Cheapest paths between all nodes by Floyd and Warshall's recursion: https://doi.org/10.1145/367766.368168."""
     graph = spec_graph(problem.rank, problem.axes, problem.monoid)
@@ -178,17 +178,17 @@ def _distances(problem: _Problem, cost: CommunicationCost) -> _Distances:
     count = len(nodes)
     place = np.full(len(graph.specs), count)
     place[nodes] = np.arange(count)
-    price_s = np.array([_price_s(*price, problem.nbytes, cost) for price in graph.prices], float)
+    price_s = np.array([*(_price_s(*price, problem.nbytes, cost) for price in graph.prices), np.inf])
     source, target = place[graph.ends].T
     inside = (source < count) & (target < count)
-    move_s = np.full((count + 1, count + 1), np.inf)
-    move_s[source[inside], target[inside]] = price_s[graph.price_of[inside]]
-    total_s, through = move_s.copy(), np.empty_like(move_s)
+    total_s = np.full((count + 1, count + 1), np.inf)
+    total_s[source[inside], target[inside]] = price_s[graph.price_of[:-1][inside]]
+    through = np.empty_like(total_s)
     total_s[range(count), range(count)] = 0.0
     for node in range(count):
         np.add(total_s[:, node, None], total_s[node], out=through)
         np.minimum(total_s, through, out=total_s)
-    return _Distances(nodes, place, move_s, total_s)
+    return _Distances(nodes, place, price_s, total_s)
 
 
 def _price_s(kind: str, axes: tuple[str, ...], shards: int, nbytes: int, cost: CommunicationCost) -> float:
@@ -199,12 +199,12 @@ def _price_s(kind: str, axes: tuple[str, ...], shards: int, nbytes: int, cost: C
 @functools.lru_cache(maxsize=1 << 16)
 def _path(problem: _Problem, source: int, target: int, cost: CommunicationCost) -> Resharding:
     graph, distances = spec_graph(problem.rank, problem.axes, problem.monoid), _distances(problem, cost)
-    here, end = distances.place[[source, target]]
-    cost_s = float(distances.total_s[here, end])
-    steps = []
-    while math.isfinite(cost_s) and here != end:
-        after = int(np.argmin(distances.move_s[here] + distances.total_s[:, end]))
-        ends = (int(node) for node in distances.nodes[[here, after]])
-        steps.append(graph.move(*ends, problem.nbytes))
+    rest_s = distances.total_s[:, distances.place[target]]
+    cost_s = float(rest_s[distances.place[source]])
+    steps, here = [], source
+    while math.isfinite(cost_s) and here != target:
+        move_s = distances.price_s[graph.price_of[graph.edge[here, distances.nodes]]]
+        after = int(distances.nodes[np.argmin(move_s + rest_s[:-1])])
+        steps.append(graph.move(here, after, problem.nbytes))
         here = after
     return Resharding(tuple(steps), cost_s)

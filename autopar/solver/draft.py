@@ -48,7 +48,9 @@ class Draft:
         """Start from a problem; parallel edges are added, empty usage dropped."""
         n = len(problem.nodes)
         costs = [tables.intern(array) for array in problem.nodes]
-        draft = Draft(tables, costs, [{} for _ in range(n)], [{} for _ in range(n)], problem.limit, [True] * n)
+        draft = Draft(
+            tables, costs, [{} for _ in range(n)], [{} for _ in range(n)], problem.limit, [True] * n
+        )
         if problem.limit is not None:
             for usage in problem.usages:
                 if usage.lo < usage.hi:
@@ -119,7 +121,9 @@ class Draft:
         edges = [
             (number[u], number[v], tables[table]) for u in kept for v, table in self.near[u].items() if u < v
         ]
-        usages = [Usage(number[u], lo, hi, tables[t]) for u in kept for (lo, hi), t in sorted(self.live[u].items())]
+        usages = [
+            Usage(number[u], lo, hi, tables[t]) for u in kept for (lo, hi), t in sorted(self.live[u].items())
+        ]
         if self.constant or self.base or not nodes:
             usages += [Usage(len(nodes), lo, hi, np.array([size])) for lo, hi, size in flatten(self.base)]
             nodes.append(tables.shared(np.array([self.constant])))

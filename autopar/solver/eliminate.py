@@ -36,7 +36,9 @@ class Order:
     left: tuple[int, ...]
 
 
-def elimination_order(sizes: list[int], pairs: list[tuple[int, int]], wide_entries: int = WIDE_ENTRIES) -> Order:
+def elimination_order(
+    sizes: list[int], pairs: list[tuple[int, int]], wide_entries: int = WIDE_ENTRIES
+) -> Order:
     """Smallest resulting table first, ties by position, so that repeated layers eliminate alike.
 
     Args:
@@ -48,7 +50,7 @@ def elimination_order(sizes: list[int], pairs: list[tuple[int, int]], wide_entri
     for u, v in pairs:
         near[u].add(v)
         near[v].add(u)
-    results = [_product(sizes, ns) for ns in near]
+    results = [_product(sizes, others, wide_entries) for others in near]
     heap = [(entries, node) for node, entries in enumerate(results)]
     heapq.heapify(heap)
     steps: list[tuple[int, tuple[int, ...]]] = []
@@ -68,7 +70,7 @@ def elimination_order(sizes: list[int], pairs: list[tuple[int, int]], wide_entri
             mine |= neighbours
             mine.discard(other)
             mine.discard(node)
-            after = _product(sizes, mine)
+            after = _product(sizes, mine, wide_entries)
             if after != results[other]:
                 results[other] = after
                 heapq.heappush(heap, (after, other))
@@ -76,10 +78,13 @@ def elimination_order(sizes: list[int], pairs: list[tuple[int, int]], wide_entri
     return Order(tuple(steps), widest, joined, left)
 
 
-def _product(sizes: list[int], nodes: set[int]) -> int:
+def _product(sizes: list[int], nodes: set[int], wide_entries: int) -> int:
+    """Size of a table over nodes; beyond wide all are alike."""
     entries = 1
     for node in nodes:
         entries *= sizes[node]
+        if entries > wide_entries:
+            return wide_entries + 1
     return entries
 
 

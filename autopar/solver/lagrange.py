@@ -19,10 +19,14 @@ from autopar.solver.relaxation import Pricing, Relaxation
 from autopar.solver.rows import Rows
 
 DAMPING = 0.5
+TOLERANCE = 1e-6
 PENALTY_GROWTH = 8.0
 MOST_ITERATIONS = 200
 # The master mixes this many of the latest choices; older ones go unless they are part of the mixture.
 MOST_COLUMNS = 60
+FIRST_RATE, LAST_RATE, LEAST_PRICE = 0.6, 0.005, 1e-9
+RATE_DECAY, SLOW_DECAY, LEAST_EXCESS = 0.85, 0.995, 0.02
+STALL_STEPS, STALL_GAIN = 30, 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,20 +85,27 @@ class Priced:
         column = Column(strategies, self.cost(strategies), self.rows.usage(strategies))
         return column, value - float(prices.sum()) * self.rows.limit
 
+    def at(self, prices: np.ndarray, factors: np.ndarray) -> Column:
+        """The relaxed choice when each node's prices are multiplied by its own factor."""
+        strategies, _ = self.relaxation.minimise(self.pricing.costs(prices, factors))
+        return Column(strategies, self.cost(strategies), self.rows.usage(strategies))
+
 
 def maximise(
     priced: Priced,
     *,
-    ceiling: float,
     on_step: Callable[[Dual, Column], bool],
+    ceiling: float = math.inf,
+    penalty: float | None = None,
     iterations: int = MOST_ITERATIONS,
 ) -> Dual:
     """Maximise the dual by cutting planes; the relaxation must be exact.
 
     Args:
         priced: the relaxed solver.
-        ceiling: an upper bound on the cost of every feasible choice: a dual bound above proves that there is none.
         on_step: told of each new column; True stops.
+        ceiling: an upper bound on the cost of every feasible choice: a dual bound above proves that there is none.
+        penalty: price of each byte over the limit; by default it grows until nothing is over.
         iterations: most relaxed problems to solve.
     """
     rows = priced.rows
@@ -103,18 +114,19 @@ def maximise(
     if math.isinf(bound) or on_step(dual, column) or column.usage.max(initial=0.0) <= rows.limit:
         dual.converged = True
         return dual
-    penalty = max(abs(column.cost), 1.0) / max(rows.limit, 1.0)
+    grows = penalty is None
+    penalty = max(abs(column.cost), 1.0) / max(rows.limit, 1.0) if penalty is None else penalty
     while dual.iterations < iterations and dual.bound <= ceiling:
         value, prices, missing = _mix(dual, rows, penalty)
-        tolerance = 1e-9 * max(abs(value), 1.0)
+        tolerance = TOLERANCE * max(abs(value), abs(dual.bound), 1.0)
         if value - dual.bound <= tolerance:
-            if missing <= 1e-9 * rows.limit:
+            if missing <= 1e-9 * rows.limit or not grows:
                 dual.converged = True
                 break
             penalty *= PENALTY_GROWTH
             continue
         # A damped step that gains nothing shows it at once, and the next one is taken in full.
-        for damping in (DAMPING, 0.0):
+        for damping in (DAMPING, 0.0) if len(dual.active) > 1 else (0.0,):
             trial = priced.pricing.round(prices + damping * (dual.prices - prices))
             column, bound = priced.solve(trial)
             dual.iterations += 1
@@ -127,6 +139,48 @@ def maximise(
             if improved or not dual.prices.any():
                 break
         _forget(dual)
+    return dual
+
+
+def maximise_by_weights(priced: Priced, *, on_step: Callable[[Dual, Column], bool], iterations: int) -> Dual:
+    """Raise the dual by multiplicative weights, for relaxed solvers that only bound.
+
+    A row's price grows with its overload and shrinks with its slack, by factors that approach one (Arora, Hazan and
+    Kale 2012); each step needs one warm sweep.
+
+    Args:
+        priced: the relaxed solver.
+        on_step: told of each column; True stops.
+        iterations: steps to take.
+    """
+    rows = priced.rows
+    column, bound = priced.solve(np.zeros(len(rows.times)))
+    dual = Dual(bound, np.zeros(len(rows.times)), [column], [1.0], iterations=1)
+    if on_step(dual, column) or not len(rows.times):
+        return dual
+    limit = max(rows.limit, 1e-300)
+    prices = np.full(len(rows.times), 1e-4 * max(abs(column.cost), 1.0) / limit / len(rows.times))
+    overload, rate, over = np.zeros(len(rows.times)), FIRST_RATE, True
+    trail = [bound]
+    for _ in range(iterations):
+        excess = column.usage / limit - 1.0
+        worst = float(excess.max())
+        overload = (overload + np.clip(excess / max(abs(worst), LEAST_EXCESS), -1.0, 1.0)) / 2
+        # Full steps until the worst row changes sides, ever smaller ones after each change.
+        rate = max(rate * (RATE_DECAY if (worst > 0.0) != over else SLOW_DECAY), LAST_RATE)
+        over = worst > 0.0
+        prices = prices * np.exp(rate * overload)
+        prices = np.maximum(prices, prices.max() * LEAST_PRICE)
+        trial = priced.pricing.round(prices)
+        column, bound = priced.solve(trial)
+        dual.iterations += 1
+        dual.columns = [*dual.columns[-MOST_COLUMNS:], column]
+        if bound > dual.bound:
+            dual.bound, dual.prices = bound, trial
+        trail.append(dual.bound)
+        stalled = len(trail) > STALL_STEPS and trail[-1] - trail[-STALL_STEPS] <= STALL_GAIN * abs(trail[-1])
+        if on_step(dual, column) or stalled:
+            break
     return dual
 
 
@@ -164,7 +218,7 @@ def _master(dual: Dual, limit: float, penalty: float) -> tuple[float, np.ndarray
     Costs are scaled to the spread of the columns and usage to the limit: the solver's tolerances are absolute.
     """
     base = min(column.cost for column in dual.columns)
-    limit_scale = max(limit, 1.0)
+    limit_scale = max(limit, float(dual.columns[0].usage.max()), 1e-300)
     spread = max(max(column.cost for column in dual.columns) - base, penalty * limit_scale * 1e-3, 1e-300)
     model = mathopt.Model()
     shares = [model.add_variable(lb=0.0) for _ in dual.columns]
@@ -172,12 +226,17 @@ def _master(dual: Dual, limit: float, penalty: float) -> tuple[float, np.ndarray
     one = model.add_linear_constraint(mathopt.fast_sum(shares) == 1.0)
     listed = []
     for row in dual.active:
-        used = [column.usage[row] / limit_scale * share for column, share in zip(dual.columns, shares, strict=True)]
+        used = [
+            column.usage[row] / limit_scale * share
+            for column, share in zip(dual.columns, shares, strict=True)
+        ]
         listed.append(model.add_linear_constraint(mathopt.fast_sum([*used, -over]) <= limit / limit_scale))
     paid = [(column.cost - base) / spread * share for column, share in zip(dual.columns, shares, strict=True)]
     model.minimize(mathopt.fast_sum([*paid, penalty * limit_scale / spread * over]))
     result = mathopt.solve(model, mathopt.SolverType.GLOP)
-    assert one is not None and result.termination.reason == mathopt.TerminationReason.OPTIMAL, result.termination
+    assert one is not None and result.termination.reason == mathopt.TerminationReason.OPTIMAL, (
+        result.termination
+    )
     prices = np.maximum(-np.array(result.dual_values(listed)), 0.0) * spread / limit_scale
     mixture = [max(share, 0.0) for share in result.variable_values(shares)]
     total = sum(mixture)

@@ -24,6 +24,7 @@ POLL_S = 0.05
 OBJECTIVE_SCALE = 1e4
 LIMIT_SCALE = 1e3
 ROWS_PER_ROUND = 8
+ROUNDING = 1e-13
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,14 +56,12 @@ class Answer:
         values: ``(node variables,)`` shares of strategies, or None without a solution.
         objective: cost of the values.
         bound: no solution costs less; ``inf`` when proven infeasible.
-        prices: price per byte of each memory row of the call (of a linear relaxation only).
         finished: solved to optimality or proven infeasible.
     """
 
     values: np.ndarray | None
     objective: float
     bound: float
-    prices: np.ndarray
     finished: bool
 
 
@@ -102,7 +101,7 @@ def entries_of(problem: Problem) -> int:
 
 def solve_polytope(
     poly: Polytope,
-    memory: tuple[Rows, list[int]] | None,
+    memory: tuple[Rows, list[int], float] | None,
     *,
     integral: bool,
     seconds: float,
@@ -113,7 +112,7 @@ def solve_polytope(
 
     Args:
         poly: the polytope.
-        memory: the rows and the indices of those to impose.
+        memory: the rows, the indices of those to impose, and by what fraction to tighten the limit.
         integral: whether choices must be whole.
         seconds: time limit.
         hint: a feasible choice to start from.
@@ -121,23 +120,24 @@ def solve_polytope(
     """
     finite = np.isfinite(poly.costs)
     scale = OBJECTIVE_SCALE / max(np.abs(poly.costs[finite]).max(initial=0.0), 1e-300)
-    model = mathopt.Model.from_model_proto(_proto(poly, memory, integral, np.where(finite, poly.costs * scale, 0.0)))
+    model = mathopt.Model.from_model_proto(
+        _proto(poly, memory, integral, np.where(finite, poly.costs * scale, 0.0))
+    )
     choice = [model.get_variable(index) for index in range(poly.n_choice)]
-    listed = [model.get_linear_constraint(len(poly.right) + at) for at in range(len(memory[1]) if memory else 0)]
     extra = mathopt.ModelSolveParameters(
         variable_values_filter=mathopt.VariableFilter(filtered_items=choice),
-        dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=listed),
+        dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=[]),
     )
     if hint is not None and integral:
         chosen = {int(poly.first[node]) + s for node, s in enumerate(hint)}
         start = {variable: float(index in chosen) for index, variable in enumerate(choice)}
         extra.solution_hints.append(mathopt.SolutionHint(variable_values=start))
     result = _run_highs(model, extra, max(seconds, 0.1), poll)
-    return _answer(result, choice, listed, scale, memory[0].limit if memory else 0.0)
+    return _answer(result, choice, scale)
 
 
 def _proto(
-    poly: Polytope, memory: tuple[Rows, list[int]] | None, integral: bool, costs: np.ndarray
+    poly: Polytope, memory: tuple[Rows, list[int], float] | None, integral: bool, costs: np.ndarray
 ) -> model_pb2.ModelProto:
     proto, n = model_pb2.ModelProto(), len(poly.costs)
     whole = np.zeros(n, bool)
@@ -151,10 +151,11 @@ def _proto(
     row, column, value = poly.row, poly.column, poly.value
     low, high = poly.right, poly.right
     if memory is not None:
-        extra = _memory_triplets(poly, *memory)
+        extra = _memory_triplets(poly, memory[0], memory[1])
         row, column, value = (np.concatenate(pair) for pair in zip((row, column, value), extra, strict=True))
         low = np.concatenate([low, np.full(len(memory[1]), -math.inf)])
-        high = np.concatenate([high, np.full(len(memory[1]), LIMIT_SCALE)])
+        top = memory[0].limit * _memory_scale(memory[0]) * (1.0 - memory[2])
+        high = np.concatenate([high, np.full(len(memory[1]), top)])
     proto.linear_constraints.ids.extend(range(len(low)))
     proto.linear_constraints.lower_bounds.extend(low.tolist())
     proto.linear_constraints.upper_bounds.extend(high.tolist())
@@ -167,11 +168,17 @@ def _proto(
     return proto
 
 
-def _memory_triplets(poly: Polytope, rows: Rows, listed: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _memory_scale(rows: Rows) -> float:
+    return LIMIT_SCALE / max(rows.limit, float(rows.flat.max(initial=0.0)), 1e-300)
+
+
+def _memory_triplets(
+    poly: Polytope, rows: Rows, listed: list[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     counts = np.diff(np.append(rows.offset, len(rows.flat)))
     owner = np.repeat(np.arange(len(rows.node)), counts)
     column = poly.first[rows.node[owner]] + np.arange(len(rows.flat)) - rows.offset[owner]
-    value = rows.flat * (LIMIT_SCALE / max(rows.limit, 1e-300))
+    value = rows.flat * _memory_scale(rows)
     out_row, out_column, out_value = [], [], []
     for at, row in enumerate(listed):
         live = ((rows.lo <= row) & (row < rows.hi))[owner] & (value != 0.0)
@@ -188,7 +195,9 @@ def _run_highs(
 ) -> mathopt.SolveResult:
     """HiGHS in a thread: it cannot be interrupted, but the caller must be able to leave."""
     limits = mathopt.SolveParameters(
-        time_limit=datetime.timedelta(seconds=seconds), relative_gap_tolerance=1e-9, absolute_gap_tolerance=0.0
+        time_limit=datetime.timedelta(seconds=seconds),
+        relative_gap_tolerance=1e-9,
+        absolute_gap_tolerance=0.0,
     )
     results: list[mathopt.SolveResult] = []
     work = threading.Thread(
@@ -201,35 +210,26 @@ def _run_highs(
     while work.is_alive():
         work.join(POLL_S)
         poll()
+    assert results, "HiGHS refused the model; its thread's traceback says why"
     return results[0]
 
 
-def _answer(
-    result: mathopt.SolveResult,
-    choice: list[mathopt.Variable],
-    listed: list[mathopt.LinearConstraint],
-    scale: float,
-    limit: float,
-) -> Answer:
+def _answer(result: mathopt.SolveResult, choice: list[mathopt.Variable], scale: float) -> Answer:
     reason = result.termination.reason
     if reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
-        return Answer(None, math.inf, math.inf, np.zeros(len(listed)), True)
+        return Answer(None, math.inf, math.inf, True)
     bound = result.termination.objective_bounds.dual_bound / scale
-    prices = np.zeros(len(listed))
-    if result.has_dual_feasible_solution():
-        duals = result.dual_values(listed)
-        prices = np.maximum(-np.array(duals), 0.0) * LIMIT_SCALE / max(limit, 1e-300) / scale
     if not result.has_primal_feasible_solution():
-        return Answer(None, math.inf, bound, prices, False)
+        return Answer(None, math.inf, bound, False)
     values = np.array(result.variable_values(choice))
     finished = reason == mathopt.TerminationReason.OPTIMAL
-    return Answer(values, result.objective_value() / scale, bound, prices, finished)
+    return Answer(values, result.objective_value() / scale, bound, finished)
 
 
-def violated_rows(usage: np.ndarray, limit: float, known: list[int]) -> list[int]:
+def violated_rows(usage: np.ndarray, limit: float, known: list[int], margin: float = 1e-9) -> list[int]:
     """The worst rows over the limit that are local maxima and not yet known, at most a few."""
     left = np.concatenate([[-math.inf], usage[:-1]])
     right = np.concatenate([usage[1:], [-math.inf]])
-    over = np.flatnonzero((usage > limit * (1 + 1e-9)) & (usage >= left) & (usage > right))
+    over = np.flatnonzero((usage > limit * (1 + margin)) & (usage >= left) & (usage > right))
     order = over[np.argsort(-usage[over], kind="stable")]
     return [int(row) for row in order if row not in set(known)][:ROWS_PER_ROUND]

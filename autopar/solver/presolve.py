@@ -22,7 +22,9 @@ MOST_STRATEGIES_MERGED = 512
 ROUNDS = 12
 
 
-def simplify(problem: Problem, tables: Tables, poll: Callable[[], None] = lambda: None) -> tuple[Problem, Lift]:
+def simplify(
+    problem: Problem, tables: Tables, poll: Callable[[], None] = lambda: None
+) -> tuple[Problem, Lift]:
     """Run every reduction until none changes anything (or a fixed number of rounds).
 
     Raises:
@@ -59,7 +61,9 @@ def forbid_dead(draft: Draft, nodes: list[int]) -> None:
         if kept is None:
             continue
         if draft.tables[kept].size == 0:
-            raise NoChoiceError("forbidden costs exclude every choice", np.inf, (node,), fix="allow more strategies")
+            raise NoChoiceError(
+                "forbidden costs exclude every choice", np.inf, (node,), fix="allow more strategies"
+            )
         draft.keep(node, kept)
         for other in sorted(set(draft.near[node]) - waiting):
             waiting.add(other)
@@ -97,7 +101,9 @@ def absorb_separable(draft: Draft, nodes: list[int]) -> None:
     """Drop an edge whose matrix is a row plus a column, both of which join the nodes' costs."""
     for node in nodes:
         for other, table in list(draft.near[node].items()):
-            parts = draft.tables.memo(("separable", table), lambda table=table: _separable(draft.tables, table))
+            parts = draft.tables.memo(
+                ("separable", table), lambda table=table: _separable(draft.tables, table)
+            )
             if parts is not None:
                 draft.drop_edge(node, other)
                 draft.add_cost(node, parts[0])
@@ -170,7 +176,9 @@ def _follows(tables: Tables, table: int) -> tuple[int, int] | None:
 
 def _merge(draft: Draft, leader: int, follower: int, followed: tuple[int, int]) -> None:
     tables, (at, cost) = draft.tables, followed
-    edges = [(other, take(tables, table, at)) for other, table in draft.near[follower].items() if other != leader]
+    edges = [
+        (other, take(tables, table, at)) for other, table in draft.near[follower].items() if other != leader
+    ]
     live = [(interval, take(tables, table, at)) for interval, table in draft.live[follower].items()]
     mine = tables.add(take(tables, draft.costs[follower], at), cost)
     draft.remove(follower, (leader,), tables[at])
@@ -182,7 +190,7 @@ def _merge(draft: Draft, leader: int, follower: int, followed: tuple[int, int]) 
 
 
 def drop_dominated(draft: Draft, nodes: list[int]) -> None:
-    """Drop a strategy if another is never dearer, whatever the neighbours do, and never larger."""
+    """Drop a strategy if another is never dearer, whatever the neighbours do, and never larger (after ``forbid_dead``)."""
     for node in nodes:
         usage = tuple(sorted(set(draft.live[node].values())))
         key = ("undominated", draft.costs[node], tuple(sorted(draft.near[node].values())), usage)
@@ -233,7 +241,9 @@ def eliminate_free(draft: Draft, nodes: list[int]) -> None:
             continue
         parts = tuple(draft.near[node][other] for other in near)
         key = ("free", draft.costs[node], parts)
-        result, best, least = draft.tables.memo(key, lambda key=key: _eliminate_free(draft.tables, key[1], key[2]))
+        result, best, least = draft.tables.memo(
+            key, lambda key=key: _eliminate_free(draft.tables, key[1], key[2])
+        )
         draft.remove(node, near, best)
         draft.constant += least
         if len(near) == 1:
@@ -273,6 +283,8 @@ REDUCTIONS: tuple[Reduction, ...] = (
     drop_fixed,
     absorb_separable,
     merge_followers,
+    # Merging may leave strategies without a partner, which dominance does not understand.
+    forbid_dead,
     drop_dominated,
     eliminate_free,
 )

@@ -69,11 +69,15 @@ class Problem:
         where = f"edge {index} ({u}, {v})"
         n = len(self.nodes)
         if u == v or not (0 <= u < n and 0 <= v < n):
-            raise ProblemError(f"an edge joins two different nodes below {n}", where=where, fix="fix its ends")
+            raise ProblemError(
+                f"an edge joins two different nodes below {n}", where=where, fix="fix its ends"
+            )
         _check_table(matrix, 2, where, checked)
         shape = (len(self.nodes[u]), len(self.nodes[v]))
         if matrix.shape != shape:
-            raise ProblemError(f"matrix is {matrix.shape}, strategies are {shape}", where=where, fix="reshape it")
+            raise ProblemError(
+                f"matrix is {matrix.shape}, strategies are {shape}", where=where, fix="reshape it"
+            )
 
     def _check_usage(self, index: int, usage: Usage, checked: set[int]) -> None:
         where = f"usage {index} of node {usage.node}"
@@ -86,7 +90,9 @@ class Problem:
             return
         checked.add(("bytes", id(usage.bytes)))  # type: ignore[arg-type]
         if not (np.all(np.isfinite(usage.bytes)) and np.all(usage.bytes >= 0)):
-            raise ProblemError("bytes must be finite and not negative", where=where, fix="forbid by cost instead")
+            raise ProblemError(
+                "bytes must be finite and not negative", where=where, fix="forbid by cost instead"
+            )
 
     def cost(self, strategies: Sequence[int]) -> float:
         """Sum of node and edge costs of one strategy per node; ``inf`` if one is forbidden."""
@@ -105,8 +111,8 @@ class Problem:
         return max(np.cumsum([math.fsum(change[time]) for time in sorted(change)]), default=0.0)
 
     def feasible(self, strategies: Sequence[int]) -> bool:
-        """Whether the cost is finite and the peak within the limit."""
-        within = self.limit is None or self.peak(strategies) <= self.limit
+        """Whether the cost is finite and the peak within the limit (and float64 rounding of it, 1e-13)."""
+        within = self.limit is None or self.peak(strategies) <= self.limit * (1 + 1e-13)
         return within and math.isfinite(self.cost(strategies))
 
 
@@ -168,7 +174,9 @@ class NoChoiceError(InfeasibleError):
         nodes: indices of the nodes that make that peak, the largest first.
     """
 
-    def __init__(self, what: str, least_bytes: float, nodes: tuple[int, ...], *, where: str = "", fix: str = "") -> None:
+    def __init__(
+        self, what: str, least_bytes: float, nodes: tuple[int, ...], *, where: str = "", fix: str = ""
+    ) -> None:
         super().__init__(what, where=where, fix=fix)
         self.least_bytes, self.nodes = least_bytes, nodes
 
@@ -179,7 +187,9 @@ def _check_table(table: np.ndarray, ndim: int, where: str, checked: set[int]) ->
         return
     checked.add(id(table))
     if not isinstance(table, np.ndarray) or table.ndim != ndim or table.dtype != np.float64:
-        raise ProblemError(f"costs must be a float64 array with {ndim} dimensions", where=where, fix="convert them")
+        raise ProblemError(
+            f"costs must be a float64 array with {ndim} dimensions", where=where, fix="convert them"
+        )
     if table.size == 0:
         raise ProblemError("a node needs at least one strategy", where=where, fix="drop the node")
     if np.isnan(table).any() or np.isneginf(table).any():

@@ -87,11 +87,14 @@ class Pricing:
         grain = 2.0 ** (np.frexp(total)[1] - self.PRICE_BITS)
         return np.floor(prices / grain) * grain
 
-    def costs(self, prices: np.ndarray) -> list[int]:
-        """Table id of each node's cost plus priced usage."""
+    def costs(self, prices: np.ndarray, factors: np.ndarray | None = None) -> list[int]:
+        """Table id of each node's cost plus priced usage, times the node's factor where factors are given."""
         out = list(self._costs)
         terms: dict[int, list[tuple[int, float]]] = {}
-        weights = self._rows.weights(prices)[self._order].tolist()
+        weights = self._rows.weights(prices)
+        if factors is not None:
+            weights = weights * factors[self._rows.node]
+        weights = weights[self._order].tolist()
         for (node, table), weight in zip(self._entries, weights, strict=True):
             if weight != 0.0:
                 terms.setdefault(node, []).append((table, weight))

@@ -1,40 +1,133 @@
+"""``solve``: exact elimination first, prices where memory binds, the integer program for what is left."""
+
 from __future__ import annotations
 
-import time
-from autopar.solver.eliminate import decode, eliminate, elimination_order
-from autopar.solver.problem import Choice, NoChoiceError, Problem, Progress
-from autopar.solver.tables import Tables, largest_finite, quantize, quantum_of
+from collections.abc import Callable, Sequence
 
-import numpy as np
+from autopar.solver.milp import entries_of
+from autopar.solver.part import Part, Search, Stopped, whole_part
+from autopar.solver.presolve import simplify
+from autopar.solver.problem import Choice, Problem, Progress
+from autopar.solver.room import least_sum_exceeds, no_room
+from autopar.solver.stages import (
+    MILP_ENTRIES,
+    WIDENING,
+    bound_and_prune,
+    branch_on_mixture,
+    branch_whole,
+    eliminate_whole,
+    highest_cost,
+    improve_windows,
+    mix_layers,
+    price_memory,
+    prune_at_prices,
+)
+
+# A pruned program this small is solved before anything else is tried.
+EASY_ENTRIES = 20_000
 
 
-def solve(problem, *, seconds=60.0, relative_gap=0.0, hint=None, on_progress=None, should_stop=None) -> Choice:
-    start = time.perf_counter()
-    tables = Tables()
-    total = sum(largest_finite(a) for a in problem.nodes) + sum(largest_finite(m) for *_, m in problem.edges)
-    q = quantum_of(total)
-    seen = {}
+def solve(
+    problem: Problem,
+    *,
+    seconds: float = 60.0,
+    relative_gap: float = 0.0,
+    hint: Sequence[int] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Choice:
+    """The cheapest feasible choice, or the best one found in time, always with a lower bound.
 
-    def get(a):
-        if id(a) not in seen:
-            seen[id(a)] = tables.intern(quantize(a, q))
-        return seen[id(a)]
+    Args:
+        problem: what to solve; costs below 2**-46 of the sum of the largest ones are lost: forbid with ``math.inf``,
+            not with a large number.
+        seconds: wall time after which the incumbent is returned.
+        relative_gap: stop when ``(objective - lower_bound) / objective`` is no larger; a binding limit on a deep
+            program is closed to 0.001 in seconds, and to 0 perhaps never.
+        hint: strategies to start from; ignored where infeasible.
+        on_progress: called at each stage and with each better incumbent.
+        should_stop: polled; True returns the incumbent. So does Ctrl-C.
 
-    nodes = [get(a) for a in problem.nodes]
-    pairs = {}
-    for u, v, m in problem.edges:
-        t = get(m)
-        if u > v:
-            u, v, t = v, u, tables.transpose(t)
-        pairs[u, v] = tables.add(pairs[u, v], t) if (u, v) in pairs else t
-    order = elimination_order([len(a) for a in problem.nodes], list(pairs))
-    if order.left:
-        raise NotImplementedError
-    total, steps = eliminate(tables, nodes, [(u, v, t) for (u, v), t in pairs.items()], order)
-    if total == np.inf:
-        raise NoChoiceError("every choice is forbidden", np.inf, ())
-    x = tuple(decode(steps, len(nodes)))
-    if problem.limit is not None and problem.peak(x) > problem.limit:
-        raise NotImplementedError
-    objective = problem.cost(x)
-    return Choice(x, objective, min(objective, total * q), True, time.perf_counter() - start, {"misses": tables.misses, "widest": order.widest_entries})
+    Raises:
+        NoChoiceError: an ``InfeasibleError``: no choice is feasible (then it names the least peak and the nodes that
+            make it), or none was found in time.
+
+    >>> import numpy as np
+    >>> two = Problem((np.array([0.0, 3.0]), np.array([1.0, 1.0])), ((0, 1, np.array([[5.0, 4.0], [0.0, 9.0]])),))
+    >>> solve(two).strategies
+    (1, 0)
+    """
+    search = Search(problem, seconds, relative_gap)
+    search.on_progress, search.should_stop = on_progress, should_stop
+    try:
+        if hint is not None:
+            search.offer(hint)
+        run(search)
+    except Stopped:
+        pass
+    except KeyboardInterrupt:
+        if search.strategies is None:
+            raise
+    search.stage = "done"
+    search.report()
+    return search.choice()
+
+
+def run(search: Search) -> None:
+    """Run the stages until one of them ends the search; incumbent and bound are left in it."""
+    if least_sum_exceeds(search.problem):
+        raise no_room(search.problem, search.poll)
+    part = whole_part(search)
+    if eliminate_whole(part):
+        return
+    search.begin("presolve")
+    part = part.smaller(*simplify(part.problem, search.tables, search.poll))
+    search.stats["reduced_nodes"] = len(part.problem.nodes)
+    search.stats["reduced_edge_entries"] = entries_of(part.problem)
+    if part.rows is None:
+        _close_free(part)
+    else:
+        _close_limited(part)
+
+
+def _close_free(part: Part) -> None:
+    """Without memory rows: bound and prune until tables are narrow, else branch."""
+    while not eliminate_whole(part) and not part.search.done():
+        smaller = bound_and_prune(part)
+        if smaller is None:
+            return part.search.raise_bound(part.search.objective)
+        if entries_of(smaller.problem) > 0.9 * entries_of(part.problem):
+            if not eliminate_whole(smaller, WIDENING):
+                branch_whole(smaller)
+            return None
+        part = smaller
+    return None
+
+
+def _close_limited(part: Part) -> None:
+    """With memory rows: price them, build feasible choices, prune by the gap, branch on what is left."""
+    search = part.search
+    priced, dual = price_memory(part, 0.4 * search.remaining())
+    if dual.bound > highest_cost(part.problem):
+        return _exhausted(search)
+    if not search.done():
+        mix_layers(part, priced, dual)
+    for last in (False, True):
+        if search.done():
+            return
+        smaller = prune_at_prices(part, priced, dual)
+        if smaller is None:
+            return _exhausted(search)
+        entries = search.stats["pruned_edge_entries"] = entries_of(smaller.problem)
+        if entries <= (MILP_ENTRIES if last else EASY_ENTRIES) and branch_whole(smaller):
+            return _exhausted(search)
+        if not last and priced.relaxation.exact:
+            branch_on_mixture(part, dual, min(10.0, 0.2 * search.remaining()))
+    improve_windows(part)
+
+
+def _exhausted(search: Search) -> None:
+    """Nothing better than the incumbent is left."""
+    if search.strategies is None:
+        raise no_room(search.problem)
+    search.raise_bound(search.objective)

@@ -22,12 +22,14 @@ QUANTA_BITS = 46
 class Tables:
     """A store of read-only arrays by id, with a memory of the operations done on them.
 
-    ``misses`` counts the operations that were really computed: tests use it to see that repetition is free.
+    ``misses`` counts the operations that were really computed (tests use it to see that repetition is free), and
+    ``entries`` the numbers held.
     """
 
     def __init__(self) -> None:
         self.arrays: list[np.ndarray] = []
         self.misses = 0
+        self.entries = 0
         self._of_object: dict[int, int] = {}
         self._of_content: dict[Hashable, int] = {}
         self._kept: list[np.ndarray] = []
@@ -42,13 +44,16 @@ class Tables:
         if table is not None:
             return table
         # Adding 0.0 turns -0.0 into 0.0, so that equal values have equal bytes.
-        content = np.ascontiguousarray(array) + 0.0 if array.dtype == np.float64 else np.ascontiguousarray(array)
+        content = (
+            np.ascontiguousarray(array) + 0.0 if array.dtype == np.float64 else np.ascontiguousarray(array)
+        )
         raw = content.tobytes()
         digest = raw if len(raw) <= SMALL_BYTES else hashlib.blake2b(raw, digest_size=16).digest()
         table = self._of_content.setdefault((content.shape, content.dtype.str, digest), len(self.arrays))
         if table == len(self.arrays):
             content.flags.writeable = False
             self.arrays.append(content)
+            self.entries += content.size
             self._of_object[id(content)] = table
         # The caller's object stays alive with the store: its id() must not be given to another array.
         self._kept.append(array)

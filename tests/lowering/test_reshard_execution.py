@@ -84,12 +84,15 @@ def failures(sizes, value, found: list[Case], combine=np.add) -> list[str]:
 @pytest.mark.parametrize(
     ("mesh", "rank", "every"),
     [
-        *[("8", 1, 1), ("8", 2, 1), ("8", 3, 1), ("2x4", 1, 1), ("2x4", 2, 1), ("2x4", 3, 29)],
-        *[("2x2x2", 1, 19), ("2x2x2", 2, 239), ("2x2x2", 3, 1009)],
+        *[("8", 1, 1), ("8", 2, 1), ("8", 3, 1), ("2x4", 1, 1), ("2x4", 2, 5), ("2x4", 3, 61)],
+        *[("2x2x2", 1, 19), ("2x2x2", 2, 359), ("2x2x2", 3, 1499)],
+        pytest.param("2x4", 2, 1, marks=pytest.mark.slow),
+        pytest.param("2x2x2", 1, 1, marks=pytest.mark.slow),
+        pytest.param("2x2x2", 2, 29, marks=pytest.mark.slow),
     ],
 )
 def test_every_resharding_moves_the_value(mesh, rank, every):
-    """All pairs of specs on the small graphs, some on the large ones: there, see the next test."""
+    """All pairs of specs on the small graphs, some on the large ones: for these see the next test."""
     sizes = MESHES[mesh]
     found = specs(rank, tuple(sizes))
     pairs = list(itertools.product(found, found))[::every]
@@ -99,7 +102,7 @@ def test_every_resharding_moves_the_value(mesh, rank, every):
 @pytest.mark.parametrize(
     ("mesh", "rank", "every"),
     [
-        *[("2x2x2", 1, 1), ("2x2x2", 2, 5), ("2x4", 3, 3), ("2x2x2", 3, 23)],
+        *[("2x2x2", 1, 1), ("2x2x2", 2, 13), ("2x4", 3, 7), ("2x2x2", 3, 71)],
         *[pytest.param(*row, 1, marks=pytest.mark.slow) for row in [("2x2x2", 2), ("2x4", 3), ("2x2x2", 3)]],
     ],
 )
@@ -148,7 +151,8 @@ def test_truth_values_move_without_sums():
     sizes = MESHES["2x4"]
     found = [spec for spec in specs(2, tuple(sizes)) if not spec.partial]
     value = random_value((8, 16), np.bool_)
-    assert failures(sizes, value, cases(sizes, (8, 16), itertools.product(found, found), 1)) == []
+    pairs = list(itertools.product(found, found))[::3]
+    assert failures(sizes, value, cases(sizes, (8, 16), pairs, 1)) == []
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
@@ -156,7 +160,7 @@ def test_typed_keys_move_as_their_words(impl):
     sizes, keys = MESHES["2x4"], jax.random.split(jax.random.key(0, impl=impl), (8, 16))
     words = np.asarray(jax.random.key_data(keys))
     found = [spec for spec in specs(2, tuple(sizes)) if not spec.partial]
-    for source, target, steps in cases(sizes, (8, 16), list(itertools.product(found, found))[::23], 8):
+    for source, target, steps in cases(sizes, (8, 16), list(itertools.product(found, found))[::31], 8):
         whole = Spec((*source.dims, ())), Spec((*target.dims, ()))
         local = jax.random.wrap_key_data(jnp.asarray(distribute(words, whole[0], sizes)), impl=impl)
         (moved,) = program(sizes, [steps])([local])

@@ -1,7 +1,7 @@
 """Convolutions: ``n c s, o c p -> n o s`` with ``c`` summed, and ``g`` groups of features (or of the batch).
 
-A spatial dimension is split only where a window covers one element (a pointwise convolution), or covers them
-all once (the gradient of its kernel); any other would need its neighbours' edges.
+A spatial dimension is split only where windows do not overlap: ``(s p), p -> s`` (patches; pointwise if ``p``
+is 1), and in the gradient of such a kernel, ``(s p), s -> p``. Any other would need its neighbours' edges.
 """
 
 from collections.abc import Sequence
@@ -21,22 +21,22 @@ def _layout(spec: Sequence[int], dims: Sequence[Dim]) -> Layout:
     return tuple(placed)
 
 
-def _spatial(lhs: Any, rhs: Any, params: dict[str, Any]) -> tuple[list[Dim], list[Dim], list[Dim]]:
-    """Factors of the spatial dimensions of lhs, rhs and result."""
-    numbers, sides = params["dimension_numbers"], ([], [], [])
+def _spatial(lhs: Any, rhs: Any, params: dict[str, Any]) -> tuple[list[list[Dim]], dict[str, int]]:
+    """Factors of the spatial dimensions of lhs, rhs and result, and their sizes."""
+    numbers, sizes = params["dimension_numbers"], {}
+    sides: list[list[Dim]] = [[], [], []]
     for i, (left, right) in enumerate(zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], strict=True)):
-        size, window = lhs.shape[left], rhs.shape[right]
-        plain = (
-            params["padding"][i] == (0, 0)
-            and params["lhs_dilation"][i] == params["rhs_dilation"][i] == 1
-            and (window == size or params["window_strides"][i] == 1)
-        )
-        factor = (f"s{i}",)
-        pointwise, once = plain and window == 1, plain and window == size
-        sides[0].append(factor if pointwise or once else ())
-        sides[1].append(factor if once and not pointwise else ())
-        sides[2].append(factor if pointwise else ())
-    return sides
+        size, window, s, p = lhs.shape[left], rhs.shape[right], f"s{i}", f"p{i}"
+        stride, spread = params["window_strides"][i], params["rhs_dilation"][i]
+        tight = params["padding"][i] == (0, 0) and params["lhs_dilation"][i] == 1
+        dims: tuple[Dim, Dim, Dim] = ((), (), ())
+        if tight and spread == 1 and (stride == window or size == window) and size % window == 0:
+            dims, sizes[s], sizes[p] = ((s, p), (p,), (s,)), size // window, window
+        elif tight and stride == 1 and size == window * spread:
+            dims, sizes[s], sizes[p] = ((s, p), (s,), (p,)), window, spread
+        for side, dim in zip(sides, dims, strict=True):
+            side.append(dim)
+    return sides, sizes
 
 
 @sharding_rule("conv_general_dilated")
@@ -51,9 +51,8 @@ def conv(lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any) -> Shardi
         "c": rhs.shape[in_features],
         "o": rhs.shape[out_features] // max(groups, batch_groups),
     }
-    left, right, result = _spatial(lhs, rhs, params)
-    for dim, position in zip(left, numbers.lhs_spec[2:], strict=True):
-        sizes |= dict.fromkeys(dim, lhs.shape[position])
+    (left, right, result), spatial = _spatial(lhs, rhs, params)
+    sizes |= spatial
     n: Dim = ("g", "n") if batch_groups > 1 else ("n",)
     c: Dim = ("g", "c") if groups > 1 else ("c",)
     layouts = (

@@ -19,7 +19,7 @@ from jax import lax
 from autopar.sharding.factors import Dim, Layout, ShardingRule
 from autopar.sharding.registry import Shard, local_rule, sharding_rule
 
-FILL_OR_DROP = lax.GatherScatterMode.FILL_OR_DROP
+CLIP, FILL_OR_DROP = lax.GatherScatterMode.CLIP, lax.GatherScatterMode.FILL_OR_DROP
 
 
 def _layouts(
@@ -72,17 +72,22 @@ def _is_sum(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, np.number))
 
 
+def _wide(limits: Sequence[int]) -> Any:
+    """The signed dtype that holds every position."""
+    return jnp.int32 if max(limits) < 2**31 else jnp.int64
+
+
 def _positions(indices: Any, limits: Sequence[int], mode: Any) -> list[Any]:
     """Each column of the indices as signed integers in ``[0, limit]``; -1 if out of range and not clamped.
 
     Compares in the dtype of the indices, so that a large unsigned or 64-bit index does not wrap into range.
     """
-    wide = jnp.int32 if max(limits) < 2**31 else jnp.int64
+    wide = _wide(limits)
     columns = []
     for column, limit in enumerate(limits):
         index = indices[..., column]
         top = min(limit, int(jnp.iinfo(index.dtype).max))
-        if mode != FILL_OR_DROP:
+        if mode != FILL_OR_DROP:  # a gather clamps what was promised in bounds, too
             columns.append(jnp.clip(index, 0, top).astype(wide))
         else:
             columns.append(jnp.where((index >= 0) & (index <= top), index.astype(wide), -1))
@@ -107,14 +112,7 @@ def _limits(shard: Shard, windows: Sequence[int], index_map: Sequence[int]) -> l
 
 @sharding_rule("gather")
 def gather(
-    operand: Any,
-    indices: Any,
-    *,
-    dimension_numbers: Any,
-    slice_sizes: Any,
-    mode: Any,
-    fill_value: Any,
-    **_: Any,
+    operand: Any, indices: Any, *, dimension_numbers: Any, slice_sizes: Any, **params: Any
 ) -> ShardingRule:
     """Batch dimensions and whole windows pass through; rows are summed: one device holds each."""
     dims, index_dims = _layouts(operand.shape, indices.shape, slice_sizes, dimension_numbers)
@@ -122,16 +120,14 @@ def gather(
     numeric = _is_sum(operand.dtype)
     if not numeric and operand.dtype != jnp.bool_:
         dims, rows = [() if dim and dim[0] in rows else dim for dim in dims], []
-    # filling commutes with a sum only if the fill value is absorbed or absent
-    absorbed = mode != FILL_OR_DROP or (
-        fill_value is not None and (fill_value == 0 or fill_value != fill_value)
-    )
+    fill = params["fill_value"] if params["mode"] == FILL_OR_DROP else 0
+    fills_alike = fill is not None and (fill == 0 or fill != fill)  # zero or nan, which sum to themselves
     return ShardingRule(
         operands=(tuple(dims), tuple(index_dims)),
         results=(_slices_layout(dims, index_dims, dimension_numbers),),
         sizes={**_sizes(dims, operand.shape), **_sizes(index_dims, indices.shape)},
         reduce=dict.fromkeys(rows, "sum" if numeric else "or"),
-        linear=((0,),) if numeric and absorbed else (),
+        linear=((0,),) if numeric and fills_alike else (),
     )
 
 
@@ -150,7 +146,10 @@ def local_gather(
     if not split:
         return [bind(operand, indices, **params)]
     found: Any = True
-    columns = _positions(indices, _limits(shard, windows, numbers.start_index_map), mode)
+    limits = _limits(shard, windows, numbers.start_index_map)
+    if mode == FILL_OR_DROP:  # as JAX does before it compares (a scatter compares first)
+        indices = indices.astype(_wide(limits))
+    columns = _positions(indices, limits, mode)
     for column in split:
         dim, position = numbers.start_index_map[column], columns[column]
         local = position - shard.operand_offset(0, dim)
@@ -274,7 +273,10 @@ def _local_scatter(
     if not split:
         return [bind(operand, indices, updates, **params)]
     windows = _windows(operand, updates, numbers)
-    columns = _positions(indices, _limits(shard, windows, numbers.start_index_map), params["mode"])
+    mode = (
+        CLIP if params["mode"] == CLIP else FILL_OR_DROP
+    )  # a scatter drops what was promised in bounds, too
+    columns = _positions(indices, _limits(shard, windows, numbers.start_index_map), mode)
     for column in split:
         # unique positions stay unique, and those that fall outside this block are dropped
         columns[column] -= shard.operand_offset(0, numbers.start_index_map[column])

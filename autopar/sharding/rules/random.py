@@ -1,9 +1,10 @@
 """Random keys and bits; what a shard draws equals, bit for bit, its part of what one device draws.
 
-Threefry in its partitionable form (JAX's default) hashes the key with the row-major position of each element, as a
-64-bit count in two words (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). A shard therefore
-hashes the positions of its own elements in the whole array, and nothing else. Other generators, and the older form,
-draw an array as one piece: there only an array of keys may be split, and only where each key is hashed by itself.
+Threefry in its partitionable form (JAX's default) hashes the key with the row-major position of each element,
+as a 64-bit count in two words (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). A
+shard therefore hashes the positions of its own elements in the whole array, and nothing else. Other
+generators, and the older form, draw an array as one piece: there only an array of keys may be split, and only
+where each key is hashed by itself.
 """
 
 import math
@@ -31,7 +32,7 @@ def is_threefry(impl: Any) -> bool:
     return getattr(impl, "name", None) == "threefry2x32"
 
 
-# --- keys -------------------------------------------------------------------------------------------------------
+# --- keys ---------------------------------------------------------------------------------------------------
 
 
 @sharding_rule("random_seed")
@@ -73,7 +74,7 @@ def random_unwrap(keys_aval: Any, **_: Any) -> ShardingRule:
     return ShardingRule((keys,), (whole,), sizes_of(keys, keys_aval.shape))
 
 
-# --- bits and splits --------------------------------------------------------------------------------------------
+# --- bits and splits ----------------------------------------------------------------------------------------
 
 
 @sharding_rule("random_bits", "random_split")

@@ -1,7 +1,7 @@
 """Reductions, scans along a dimension, windows and sorting.
 
-A factor that a sum, maximum, minimum, conjunction or disjunction reduces may be split: it leaves partial results.
-Everything else here needs the dimension it works along whole, and splits the others.
+A factor that a sum, maximum, minimum, conjunction or disjunction reduces may be split: it leaves partial
+results. Everything else here needs the dimension it works along whole, and splits the others.
 """
 
 from typing import Any
@@ -12,7 +12,13 @@ from autopar.sharding.factors import Layout, ShardingRule, letters, sizes_of
 from autopar.sharding.registry import sharding_rule
 from autopar.sharding.rules.elementwise import Groups, Shape, summable
 
-MONOIDS = {"reduce_sum": "sum", "reduce_max": "max", "reduce_min": "min", "reduce_and": "and", "reduce_or": "or"}
+MONOIDS = {
+    "reduce_sum": "sum",
+    "reduce_max": "max",
+    "reduce_min": "min",
+    "reduce_and": "and",
+    "reduce_or": "or",
+}
 
 
 def whole_along(shape: Shape, dims: tuple[int, ...]) -> Layout:
@@ -69,7 +75,7 @@ def reduce(*avals: Any, dimensions: tuple[int, ...], **_: Any) -> ShardingRule:
     return ShardingRule(layouts, (dropped(operand, dimensions),) * n, sizes_of(operand, avals[0].shape))
 
 
-# --- along a dimension ------------------------------------------------------------------------------------------
+# --- along a dimension --------------------------------------------------------------------------------------
 
 
 @sharding_rule("cumlogsumexp", "cummax", "cummin", "cumprod")
@@ -103,7 +109,7 @@ def approx_top_k(x: Any, *, reduction_dimension: int, **_: Any) -> ShardingRule:
     return along(x, (reduction_dimension % len(x.shape),), n_results=2)
 
 
-# --- windows ----------------------------------------------------------------------------------------------------
+# --- windows ------------------------------------------------------------------------------------------------
 
 
 def windowed(params: dict[str, Any]) -> tuple[int, ...]:
@@ -142,7 +148,7 @@ def reduce_window_general(*avals: Any, **params: Any) -> ShardingRule:
 
 @sharding_rule("select_and_scatter_add", "select_and_gather_add")
 def select_and_scatter_add(x: Any, operand: Any, **params: Any) -> ShardingRule:
-    """The two derivatives of a maximum over windows: linear in the cotangent or tangent, which comes first."""
+    """Derivatives of a maximum over windows: linear in the cotangent or tangent, which comes first."""
     layout = whole_along(operand.shape, windowed(params))
     sizes = sizes_of(layout, operand.shape)
     return ShardingRule((layout, layout), (layout,), sizes, linear=sum_group(x))

@@ -25,7 +25,7 @@ def only(layout: Layout, kept: tuple[bool, ...]) -> Layout:
     return tuple(dim if keep else () for dim, keep in zip(layout, kept, strict=True))
 
 
-# --- broadcast_in_dim, iota -------------------------------------------------------------------------------------
+# --- broadcast_in_dim, iota ---------------------------------------------------------------------------------
 
 
 @sharding_rule("broadcast_in_dim")
@@ -57,11 +57,11 @@ def local_iota(shard: Shard, *, dtype: Any, dimension: int, **_: Any) -> list[An
     return [lax.convert_element_type(counts + shard.offset(dimension), dtype)]
 
 
-# --- reshape ----------------------------------------------------------------------------------------------------
+# --- reshape ------------------------------------------------------------------------------------------------
 
 
 def blocks(old: Shape, new: Shape) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The smallest groups of consecutive dimensions of equal product, as (old dims, new dims); no unit dimensions.
+    """The smallest groups of consecutive old and new dimensions of equal product, unit dimensions left out.
 
     >>> blocks((2, 3, 1, 8), (6, 4, 2))
     [((0, 1), (0,)), ((3,), (1, 2))]
@@ -83,7 +83,7 @@ def blocks(old: Shape, new: Shape) -> list[tuple[tuple[int, ...], tuple[int, ...
 
 
 def refinement(old: Shape, new: Shape) -> Shape | None:
-    """The coarsest sizes, major first, of which every old and every new size is a product of consecutive ones.
+    """The coarsest sizes, major first, of which each old and new size is a product of consecutive ones.
 
     >>> refinement((8, 12), (16, 6)), refinement((4, 6), (6, 4))
     ((8, 2, 6), None)
@@ -134,7 +134,7 @@ def local_reshape(shard: Shard, x: Any, **_: Any) -> list[Any]:
     return [lax.reshape(x, shard.result_shapes[0])]
 
 
-# --- dimensions permuted, added, dropped, reversed --------------------------------------------------------------
+# --- dimensions permuted, added, dropped, reversed ----------------------------------------------------------
 
 
 @sharding_rule("transpose")
@@ -153,16 +153,6 @@ def squeeze(x: Any, *, dimensions: Shape, **_: Any) -> ShardingRule:
     return ShardingRule((operand,), (result,), sizes_of(operand, x.shape), linear=linear_in((x,), 0))
 
 
-@sharding_rule("expand_dims")
-def expand_dims(x: Any, *, dimensions: Shape, **_: Any) -> ShardingRule:
-    """``a b -> a 1 b``."""
-    operand = letters(x.shape)
-    rest = iter(operand)
-    rank = len(operand) + len(dimensions)
-    result = tuple(() if i in dimensions else next(rest) for i in range(rank))
-    return ShardingRule((operand,), (result,), sizes_of(operand, x.shape), linear=linear_in((x,), 0))
-
-
 @sharding_rule("rev")
 def rev(x: Any, *, dimensions: Shape, **_: Any) -> ShardingRule:
     """Reversed dimensions are whole: their blocks would have to trade places."""
@@ -170,7 +160,7 @@ def rev(x: Any, *, dimensions: Shape, **_: Any) -> ShardingRule:
     return ShardingRule((layout,), (layout,), sizes_of(layout, x.shape), linear=linear_in((x,), 0))
 
 
-# --- parts of dimensions ----------------------------------------------------------------------------------------
+# --- parts of dimensions ------------------------------------------------------------------------------------
 
 
 @sharding_rule("slice")
@@ -186,7 +176,9 @@ def slice_(
 
 
 @local_rule("slice")
-def local_slice(shard: Shard, x: Any, *, start_indices: Shape, strides: Shape | None, **params: Any) -> list[Any]:
+def local_slice(
+    shard: Shard, x: Any, *, start_indices: Shape, strides: Shape | None, **params: Any
+) -> list[Any]:
     """Split dimensions end at their local size."""
     limits = tuple(
         size if dim else limit
@@ -222,7 +214,7 @@ def dynamic_update_slice(x: Any, update: Any, *starts: Any, **_: Any) -> Shardin
 
 @sharding_rule("pad")
 def pad(x: Any, value: Any, *, padding_config: tuple[Shape, ...]) -> ShardingRule:
-    """Unpadded dimensions pass; the padding value is added where the operand has nothing, so both are linear."""
+    """Unpadded dimensions pass; linear in operand and padding value together."""
     layout = only(letters(x.shape), tuple(tuple(config) == (0, 0, 0) for config in padding_config))
     sizes = sizes_of(layout, x.shape)
     return ShardingRule((layout, ()), (layout,), sizes, linear=linear_in((x, value), 0, 1))
@@ -234,7 +226,9 @@ def concatenate(*avals: Any, dimension: int) -> ShardingRule:
     shape = avals[0].shape
     layout = only(letters(shape), tuple(i != dimension for i in range(len(shape))))
     operands = (layout,) * len(avals)
-    return ShardingRule(operands, (layout,), sizes_of(layout, shape), linear=linear_in(avals, *range(len(avals))))
+    return ShardingRule(
+        operands, (layout,), sizes_of(layout, shape), linear=linear_in(avals, *range(len(avals)))
+    )
 
 
 @sharding_rule("split")
@@ -251,9 +245,7 @@ def stack(*avals: Any, axis: int) -> ShardingRule:
     layout = letters(avals[0].shape)
     result = (*layout[:axis], (), *layout[axis:])
     sizes = sizes_of(layout, avals[0].shape)
-    return ShardingRule(
-        (layout,) * len(avals), (result,), sizes, linear=linear_in(avals, *range(len(avals)))
-    )
+    return ShardingRule((layout,) * len(avals), (result,), sizes, linear=linear_in(avals, *range(len(avals))))
 
 
 @sharding_rule("unstack")

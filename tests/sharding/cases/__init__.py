@@ -1,9 +1,9 @@
-"""The table of equations that the rules are tested on, one module per family, named as the family's rules are.
+"""The table of equations that the rules are tested on: one module per family, named as its rules are.
 
-Each module has ``CASES: dict[str, tuple]``: name -> (function, *arguments). The name is that of the primitive under
-test and, if one row is not enough, what is special about it (``"reshape: merge"``). Arguments are arrays or
-``jax.ShapeDtypeStruct``, for which the test draws values. Every equation of the traced function whose primitive's rule
-stands in the family's module is tested.
+Each module has ``CASES: dict[str, tuple]``: name -> (function, *arguments). The name is that of the primitive
+under test and, if one row is not enough, what is special about it (``"reshape: merge"``). Arguments are
+arrays or ``jax.ShapeDtypeStruct``, for which the test draws values. Every equation of the traced function
+whose primitive's rule stands in the family's module is tested.
 """
 
 import jax

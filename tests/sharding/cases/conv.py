@@ -1,5 +1,7 @@
 """Rows for the convolution rule."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,7 +11,7 @@ def f32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def conv(strides=(1, 1), padding="SAME", numbers=("NHWC", "HWIO", "NHWC"), **params):
+def conv(strides=(1, 1), padding: Any = "SAME", numbers=("NHWC", "HWIO", "NHWC"), **params):
     return lambda x, w: lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=numbers, **params)
 
 

@@ -1,5 +1,7 @@
 """Rows for the indexing rules."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def whole(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def index(n, *shape, dtype=np.int32, beyond=0):
+def index(n: int, *shape: int, dtype: Any = np.int32, beyond: int = 0) -> np.ndarray:
     """Indices of ``n`` rows, with duplicates; ``beyond`` of them reach past each end."""
     low = 0 if np.issubdtype(dtype, np.unsignedinteger) else -beyond
     return np.random.default_rng(7).integers(low, n + beyond, shape).astype(dtype)
@@ -68,6 +70,11 @@ GATHERS = {
     "gather: lookup of integers": (lookup(FILL), whole(jnp.int32, 16, 8), index(16, 8, 1, beyond=5)),
     "gather: lookup of bytes": (lookup(FILL), whole(jnp.uint8, 16, 8), index(16, 8, 1, beyond=5)),
     "gather: lookup of booleans": (lookup(FILL), whole(jnp.bool_, 16, 8), index(16, 8, 1, beyond=5)),
+    "gather: lookup of random keys": (
+        lookup(CLIP),
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (16, 8))),
+        index(16, 8, 1, beyond=5),
+    ),
     "gather: lookup by unsigned indices": (
         lookup(FILL),
         f32(16, 8),
@@ -150,6 +157,12 @@ SCATTERS = {
         add_rows(lax.scatter_add, PROMISED),
         f32(16, 8),
         index(16, 4, 8, 1),
+        f32(4, 8, 8),
+    ),
+    "scatter-add: promised but out of range": (
+        add_rows(lax.scatter_add, PROMISED),
+        f32(16, 8),
+        index(16, 4, 8, 1, beyond=5),
         f32(4, 8, 8),
     ),
     "scatter-add: gradient of a log-likelihood pick": (

@@ -2,9 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-
-from cases import f32
 
 KEY = jax.eval_shape(lambda: jax.random.key(0)).dtype
 

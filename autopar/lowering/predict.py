@@ -1,0 +1,130 @@
+"""What a local program costs, read off its instructions: collectives, memory over time, floating-point operations."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from autopar.cost import equation_flops, fusible
+from autopar.lowering.local_program import Barrier, Instruction, LocalProgram, Move, Run, Slot
+from autopar.plan import Collective
+
+
+@dataclass(frozen=True)
+class Live:
+    """A buffer: ``nbytes`` on this device over instructions [start, stop)."""
+
+    name: str
+    nbytes: float
+    start: int
+    stop: int
+
+
+def collectives(local: LocalProgram) -> tuple[Collective, ...]:
+    """The collectives of one step, summed by kind and axes, most bytes first."""
+    totals: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+    for instruction in local.instructions:
+        if isinstance(instruction, Move):
+            for step in instruction.resharding.steps:
+                if step.nbytes:
+                    total = totals.setdefault((step.kind, step.axes), [0.0, 0])
+                    total[0] += step.nbytes
+                    total[1] += 1
+    found = [Collective(kind, axes, nbytes, int(n)) for (kind, axes), (nbytes, n) in totals.items()]
+    return tuple(sorted(found, key=lambda c: -c.nbytes))
+
+
+def communication_s(local: LocalProgram) -> float:
+    """Seconds of all reshardings, one after another."""
+    return sum(i.resharding.cost_s for i in local.instructions if isinstance(i, Move))
+
+
+def flops(local: LocalProgram) -> float:
+    """Floating-point operations of one step on one device."""
+    sizes = local.mesh.sizes
+    total = 0.0
+    for instruction in local.instructions:
+        if isinstance(instruction, Run):
+            strategy = instruction.strategy
+            operands = [
+                spec.complete.local_shape(atom.aval.shape, sizes)
+                for atom, spec in zip(instruction.equation.inputs, strategy.inputs, strict=True)
+            ]
+            results = [slot.spec.complete.local_shape(slot.value.shape, sizes) for slot in instruction.outputs]
+            total += equation_flops(instruction.equation.primitive.name, instruction.equation.params, operands, results)
+    return total
+
+
+def local_bytes(slot: Slot, local: LocalProgram) -> float:
+    """Bytes of a slot on one device."""
+    return slot.value.nbytes / slot.spec.shards(local.mesh.sizes)
+
+
+def live_buffers(local: LocalProgram) -> list[Live]:
+    """Every buffer of a step and when it is in use; arguments and results stay, donated results reuse arguments."""
+    end = len(local.instructions)
+    born: dict[Slot, int] = dict.fromkeys(local.inputs, 0)
+    last: dict[Slot, int] = {}
+    readers: dict[Slot, list[int]] = {}
+    for position, instruction in enumerate(local.instructions):
+        for slot in _reads(instruction):
+            last[slot] = position
+            readers.setdefault(slot, []).append(position)
+        for slot in _writes(instruction):
+            born[slot] = position
+    heavy = [i for i, instruction in enumerate(local.instructions) if not _fuses(instruction)]
+    results = {slot for slot in local.outputs if isinstance(slot, Slot)}
+    found = []
+    for slot, start in born.items():
+        if slot in local.inputs:
+            found.append(Live(slot.value.name, local_bytes(slot, local), 0, end))
+        elif slot not in results and slot in last and _materialised(slot, start, readers[slot], local, heavy):
+            found.append(Live(slot.value.name, local_bytes(slot, local), start, last[slot] + 1))
+    return found
+
+
+def _reads(instruction: Instruction) -> Iterable[Slot]:
+    if isinstance(instruction, Move):
+        return (instruction.source,)
+    return (slot for slot in instruction.inputs if isinstance(slot, Slot))
+
+
+def _writes(instruction: Instruction) -> Iterable[Slot]:
+    return (instruction.target,) if isinstance(instruction, Move) else instruction.outputs
+
+
+def _fuses(instruction: Instruction) -> bool:
+    """Whether the instruction can be part of its reader's loop."""
+    if isinstance(instruction, Barrier):
+        return True
+    if isinstance(instruction, Move):
+        return not any(step.nbytes for step in instruction.resharding.steps)
+    return fusible(instruction.equation.primitive.name)
+
+
+def _materialised(slot: Slot, start: int, readers: list[int], local: LocalProgram, heavy: list[int]) -> bool:
+    """Whether a slot needs a buffer: made or read by something that does not fuse, or alive across such a thing."""
+    if isinstance(local.instructions[start], Barrier):
+        return False
+    if not _fuses(local.instructions[start]):
+        return True
+    crossed = bisect_left(heavy, readers[-1]) - bisect_right(heavy, start)
+    return crossed > 0 or any(not _fuses(local.instructions[i]) and not _reduces(local.instructions[i]) for i in readers)
+
+
+def _reduces(instruction: Instruction) -> bool:
+    return isinstance(instruction, Run) and instruction.equation.primitive.name.startswith("reduce_")
+
+
+def peak(buffers: list[Live]) -> tuple[float, int]:
+    """The most bytes in use at one time, and the instruction at which they are."""
+    change: dict[int, float] = {}
+    for buffer in buffers:
+        change[buffer.start] = change.get(buffer.start, 0.0) + buffer.nbytes
+        change[buffer.stop] = change.get(buffer.stop, 0.0) - buffer.nbytes
+    best, at, total = 0.0, 0, 0.0
+    for time in sorted(change):
+        total += change[time]
+        if total > best:
+            best, at = total, time
+    return best, at
+

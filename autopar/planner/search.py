@@ -1,0 +1,176 @@
+"""One traced step, one mesh: the cheapest plan within a memory limit, with its certificate."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar import compat
+from autopar.cost import CostModel
+from autopar.errors import InfeasibleError, PinError, UnknownPrimitiveError
+from autopar.ir.fingerprint import fingerprint
+from autopar.ir.program import Program
+from autopar.ir.trace import Traced
+from autopar.plan import Argument, Plan, Prediction, Solution
+from autopar.planner.decide import Decisions
+from autopar.planner.graph import Graph, Unit, build_graph
+from autopar.planner.intra import Formulation, Formulator
+from autopar.sharding.lookup import has_rule
+from autopar.solver import Choice, NoChoiceError, Progress, solve
+
+UNKNOWN = Prediction(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, ())
+
+Masks = Mapping[Unit, np.ndarray]
+Restriction = Callable[[Graph, Formulator], Masks]
+"""A preset or a set of pins: which choices of which units stay allowed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A traced step ready to be planned on one mesh; presets and pins share it.
+
+    Attributes:
+        traced: the program and its trees.
+        graph: its units.
+        formulator: their choices and prices on a mesh.
+        fingerprint: of the program.
+        build_s: seconds spent so far.
+    """
+
+    traced: Traced
+    graph: Graph
+    formulator: Formulator
+    fingerprint: str
+    build_s: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a search may use.
+
+    Attributes:
+        memory_bytes: of one device; None for no limit.
+        seconds: for the solver.
+        relative_gap: the solver may stop when it is this close to the bound.
+        on_progress: called while solving.
+    """
+
+    memory_bytes: float | None = None
+    seconds: float = 60.0
+    relative_gap: float = 0.0
+    on_progress: Callable[[Progress], None] | None = None
+
+
+def prepare(traced: Traced, cost: CostModel, *, strict: bool = False) -> Prepared:
+    """Builds the graph and the classes of choices of a traced step.
+
+    Raises:
+        UnknownPrimitiveError: under ``strict``, a primitive has no sharding rule.
+    """
+    start = time.process_time()
+    graph = build_graph(traced.program, traced.state)
+    missing = [eqn for eqn in graph.unruled if not has_rule(eqn)]
+    if strict and missing:
+        raise UnknownPrimitiveError(
+            f"primitive {missing[0].primitive.name} has no sharding rule",
+            where=f"{missing[0].name}, {compat.source_line(missing[0].source)}",
+            fix="declare one with autopar.sharding_rule, or plan with strict=False to replicate it",
+        )
+    key = fingerprint(traced.program)
+    return Prepared(traced, graph, Formulator(graph, cost), key, time.process_time() - start)
+
+
+def search(prepared: Prepared, limits: Limits, masks: Masks | None = None) -> tuple[Plan, Formulation, Choice]:
+    """The cheapest plan under limits and masks; its prediction is still to be filled in.
+
+    Raises:
+        InfeasibleError: nothing fits the memory; names the least that a plan needs and the values that make it.
+        PinError: the masks exclude every plan.
+    """
+    start = time.process_time()
+    for unit, mask in (masks or {}).items():
+        if not mask.any():
+            name = unit.value.name if unit.value else prepared.graph.program.equations[unit.position].name
+            raise PinError(
+                f"nothing is left to choose for {name}",
+                where=f"shape {unit.shape}, mesh {prepared.formulator.cost.mesh}",
+                fix="loosen the pins or the preset that restrict it",
+            )
+    formulation = prepared.formulator.formulate(limits.memory_bytes, masks)
+    built = time.process_time()
+    try:
+        choice = solve(
+            formulation.problem,
+            seconds=limits.seconds,
+            relative_gap=limits.relative_gap,
+            on_progress=limits.on_progress,
+        )
+    except NoChoiceError as error:
+        raise _explained(error, formulation, limits) from error
+    plan = _plan(prepared, formulation, choice)
+    seconds = (prepared.build_s + built - start, time.process_time() - built)
+    return plan_with_times(plan, *seconds), formulation, choice
+
+
+def plan_with_times(plan: Plan, build_s: float, solve_s: float) -> Plan:
+    """The plan with the seconds that building and solving took."""
+    from dataclasses import replace
+
+    return replace(plan, solution=replace(plan.solution, build_s=build_s, solve_s=solve_s))
+
+
+def _explained(error: NoChoiceError, formulation: Formulation, limits: Limits) -> InfeasibleError | PinError:
+    if not np.isfinite(error.least_bytes) or limits.memory_bytes is None:
+        return PinError("the pins exclude every plan", fix="loosen the pins or the preset")
+    names = dict.fromkeys(
+        r.value.name for node in error.nodes for r in formulation.residences if formulation.index[r.unit] == node
+    )
+    largest = ", ".join(list(names)[:5])
+    return InfeasibleError(
+        f"no plan fits {limits.memory_bytes / 1e9:.3f} GB a device: any plan needs at least {error.least_bytes / 1e9:.3f} GB",
+        where=f"at the peak: {largest}",
+        fix="raise --memory-gb, use more devices, or make the batch smaller",
+    )
+
+
+def _plan(prepared: Prepared, formulation: Formulation, choice: Choice) -> Plan:
+    graph, program = prepared.graph, prepared.graph.program
+    decisions = Decisions(graph, formulation, choice.strategies)
+    return Plan(
+        fingerprint=prepared.fingerprint,
+        mesh=prepared.formulator.cost.mesh,
+        hardware=getattr(getattr(prepared.formulator.cost, "cluster", None), "name", ""),
+        arguments=_arguments(program, decisions, {i for i, _ in graph.state}),
+        outputs=decisions.outputs(),
+        values=decisions.values(),
+        equations=decisions.equations(),
+        views=decisions.views(),
+        prediction=UNKNOWN,
+        solution=Solution(
+            objective_s=choice.objective,
+            lower_bound_s=choice.lower_bound,
+            proven_optimal=choice.proven,
+            n_equations=program.n_equations,
+            n_nodes=len(formulation.units),
+            replicated_primitives=_replicated(graph),
+        ),
+    )
+
+
+def _arguments(program: Program, decisions: Decisions, state: set[int]) -> tuple[Argument, ...]:
+    found = []
+    for i, value in enumerate(program.inputs):
+        spec = decisions.spec(value)
+        assert spec is not None
+        found.append(Argument(value.name, tuple(value.shape), str(value.dtype), spec, i in state))
+    return tuple(found)
+
+
+def _replicated(graph: Graph) -> tuple[tuple[str, str], ...]:
+    """Primitives that no rule splits, each with the source line of its first use."""
+    first: dict[str, str] = {}
+    for eqn in graph.unruled:
+        if any(value.shape for value in eqn.outputs):
+            first.setdefault(eqn.primitive.name, compat.source_line(eqn.source))
+    return tuple(first.items())

@@ -1,0 +1,148 @@
+"""A reduced problem with the way back to the caller's, and the search that both belong to."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from autopar.solver.draft import Lift
+from autopar.solver.eliminate import WIDE_ENTRIES
+from autopar.solver.milp import ROUNDING
+from autopar.solver.problem import Choice, NoChoiceError, Problem, Progress, relative_gap
+from autopar.solver.rows import rows_of
+from autopar.solver.tables import Tables, largest_finite, quantize, quantum_of
+
+# A gap this small is float64 rounding: costs are rounded to quanta of 2**-46 of their sum.
+PROVEN_GAP = 1e-9
+
+
+class Stopped(Exception):
+    """Time is up, or the caller said stop."""
+
+
+class Search:
+    """One solve: its clock, its incumbent and its bound (in the caller's costs), its store of tables.
+
+    ``wide_entries`` bounds the tables of exact elimination; what would need larger ones is solved by other means.
+    """
+
+    def __init__(self, problem: Problem, seconds: float, target_gap: float) -> None:
+        self.problem, self.target_gap = problem, max(target_gap, PROVEN_GAP)
+        self.on_progress: Callable[[Progress], None] | None = None
+        self.should_stop: Callable[[], bool] | None = None
+        self.start = time.perf_counter()
+        self.end = self.start + seconds
+        self.tables = Tables()
+        self.strategies: tuple[int, ...] | None = None
+        self.objective, self.bound = math.inf, -math.inf
+        self.stage = "reading"
+        self.wide_entries = WIDE_ENTRIES
+        self.stats: dict[str, float] = {}
+
+    def seconds(self) -> float:
+        """Wall time so far."""
+        return time.perf_counter() - self.start
+
+    def remaining(self) -> float:
+        """Wall time left."""
+        return self.end - time.perf_counter()
+
+    def poll(self) -> None:
+        """Raise ``Stopped`` when it is time to stop."""
+        if self.remaining() <= 0.0 or (self.should_stop is not None and self.should_stop()):
+            raise Stopped
+
+    def begin(self, stage: str) -> None:
+        """Name what comes next."""
+        self.stage = stage
+        self.report()
+        self.poll()
+
+    def report(self) -> None:
+        """Tell the caller where the solve stands."""
+        if self.on_progress is not None:
+            self.on_progress(Progress(self.seconds(), self.objective, self.bound, self.stage))
+
+    def offer(self, strategies: Sequence[int]) -> None:
+        """A choice that may be the best; it is replayed on the problem as it was given."""
+        cost = self.problem.cost(strategies)
+        if cost < self.objective and self.problem.feasible(strategies):
+            self.strategies, self.objective = tuple(int(s) for s in strategies), cost
+            self.bound = min(self.bound, cost)
+            self.report()
+
+    def raise_bound(self, bound: float) -> None:
+        """A lower bound in the caller's costs; it never passes the incumbent, whose replay rounds differently."""
+        self.bound = min(max(self.bound, bound), self.objective)
+
+    def done(self) -> bool:
+        """Whether the gap is as small as asked for."""
+        return relative_gap(self.objective, self.bound) <= self.target_gap
+
+    def choice(self) -> Choice:
+        """The incumbent with its certificate.
+
+        Raises:
+            NoChoiceError: there is none.
+        """
+        if self.strategies is None:
+            what = f"no feasible choice found in {self.seconds():.1f} s, and feasibility not excluded"
+            raise NoChoiceError(what, -math.inf, (), fix="allow more seconds or a larger limit")
+        kept = {"tables_computed": self.tables.misses, "tables_kept": len(self.tables.arrays)}
+        stats = self.stats | kept
+        return Choice(self.strategies, self.objective, self.bound, self.done(), self.seconds(), stats)
+
+
+class Part:
+    """A problem in whole quanta that stands for the caller's, with the best choice found in it."""
+
+    def __init__(self, search: Search, problem: Problem, lift: Lift, quantum: float) -> None:
+        self.search, self.problem, self.lift, self.quantum = search, problem, lift, quantum
+        self.rows = rows_of(problem) if problem.limit is not None and problem.usages else None
+        self.best: list[int] | None = None
+        self.least = math.inf
+
+    def smaller(self, problem: Problem, lift: Lift) -> Part:
+        """A part of this part."""
+        mine = self.lift
+        return Part(self.search, problem, lambda strategies: mine(lift(strategies)), self.quantum)
+
+    def fits(self, usage: np.ndarray) -> bool:
+        """Whether usage by row is within the limit."""
+        return self.rows is None or usage.max(initial=0.0) <= self.rows.limit * (1 + ROUNDING)
+
+    def offer(self, strategies: Sequence[int]) -> bool:
+        """Offer a choice of this part to the search; whether it is the best of this part so far."""
+        cost = self.problem.cost(strategies)
+        if cost >= self.least or (self.rows is not None and not self.fits(self.rows.usage(strategies))):
+            return False
+        self.best, self.least = [int(s) for s in strategies], cost
+        self.search.offer(self.lift(strategies))
+        return True
+
+    def raise_bound(self, bound: float) -> None:
+        """A lower bound in quanta."""
+        self.search.raise_bound(bound * self.quantum)
+
+    def room(self, bound: float) -> float:
+        """Quanta between a bound and the incumbent, with a little to spare for rounding."""
+        return (self.search.objective / self.quantum - bound) * (1 + 1e-9) + 1e-9 * abs(bound)
+
+
+def whole_part(search: Search) -> Part:
+    """The caller's problem in whole quanta, each distinct array once."""
+    problem, tables = search.problem, search.tables
+    seen: dict[int, tuple[np.ndarray, float]] = {}
+    for array in [*problem.nodes, *(matrix for _, _, matrix in problem.edges)]:
+        if id(array) not in seen:
+            seen[id(array)] = (array, largest_finite(array))
+    total = sum(seen[id(costs)][1] for costs in problem.nodes)
+    total += sum(seen[id(matrix)][1] for _, _, matrix in problem.edges)
+    quantum = quantum_of(total)
+    whole = {key: tables.shared(quantize(array, quantum)) for key, (array, _) in seen.items()}
+    nodes = tuple(whole[id(costs)] for costs in problem.nodes)
+    edges = tuple((u, v, whole[id(matrix)]) for u, v, matrix in problem.edges)
+    return Part(search, Problem(nodes, edges, problem.usages, problem.limit), list, quantum)

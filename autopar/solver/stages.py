@@ -1,0 +1,241 @@
+"""The stages of a solve. Each tightens incumbent or bound; ``search`` says in which order they run."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+
+from autopar.solver.branch import integer_program
+from autopar.solver.lagrange import Column, Dual, Priced, maximise, maximise_by_weights
+from autopar.solver.messages import Sweeps
+from autopar.solver.part import Part
+from autopar.solver.presolve import restrict, simplify
+from autopar.solver.primal import feasible_by_prices, line_layout
+from autopar.solver.problem import NoChoiceError, Problem
+from autopar.solver.relaxation import ExactRelaxation, Pricing, order_of
+
+# Sweeps end when the bound gains less than this share of the gap in a few of them.
+STALLED_SHARE = 0.01
+MOST_SWEEPS = 200
+SWEEPS_PER_LOOK = 5
+# The integer program closes what is at most this large; beyond, its relaxation alone takes minutes.
+MILP_ENTRIES = 400_000
+WINDOW_NODES = 60
+# Numbers held in tables (8 bytes each) at which elimination with wide tables gives up, and how wide these may be.
+MOST_ENTRIES = 200_000_000
+WIDENING = 10
+
+
+class _TooMuch(Exception):
+    """Elimination holds more tables than memory allows."""
+
+
+def eliminate_whole(part: Part, widening: int = 1) -> bool:
+    """Exact elimination without memory rows, where no table is too wide; whether that solved the problem.
+
+    Args:
+        part: what to solve.
+        widening: how many times larger than usual a table may be.
+
+    Raises:
+        NoChoiceError: everything is forbidden.
+    """
+    search, tables = part.search, part.search.tables
+    order = order_of(part.problem, search.wide_entries * widening)
+    if order.left:
+        return False
+
+    def poll() -> None:
+        search.poll()
+        if tables.entries > MOST_ENTRIES:
+            raise _TooMuch
+
+    search.begin("elimination")
+    search.stats["widest_entries"] = order.widest_entries
+    relaxation = ExactRelaxation(part.problem, tables, order, poll)
+    try:
+        strategies, least = relaxation.minimise([tables.intern(costs) for costs in part.problem.nodes])
+    except _TooMuch:
+        return False
+    if math.isinf(least):
+        raise NoChoiceError("forbidden costs exclude every choice", math.inf, (), fix="allow more strategies")
+    part.raise_bound(least)
+    part.offer(strategies)
+    return search.done()
+
+
+def bound_and_prune(part: Part) -> Part | None:
+    """Message passing until it stalls, then drop what cannot be part of a better choice.
+
+    Returns:
+        The smaller part, or None when nothing better than the incumbent is left.
+    """
+    search = part.search
+    search.begin("message passing")
+    sweeps = Sweeps(part.problem, search.tables)
+    costs = [search.tables.intern(array) for array in part.problem.nodes]
+    bound, before = -math.inf, -math.inf
+    for count in range(1, MOST_SWEEPS + 1):
+        search.poll()
+        bound = sweeps.sweep(costs)
+        if count % SWEEPS_PER_LOOK == 0:
+            part.raise_bound(bound)
+            part.offer(sweeps.decode(costs))
+            gap = search.objective / part.quantum - bound
+            if search.done() or bound - before <= STALLED_SHARE * min(gap, abs(bound)):
+                break
+            before = bound
+    return _pruned(part, sweeps, costs, bound)
+
+
+def prune_at_prices(part: Part, priced: Priced, dual: Dual) -> Part | None:
+    """Like ``bound_and_prune``, with memory priced at the best prices known."""
+    search = part.search
+    search.begin("message passing at prices")
+    warm = priced.relaxation
+    sweeps = warm if isinstance(warm, Sweeps) else Sweeps(part.problem, search.tables)
+    costs = priced.pricing.costs(dual.prices)
+    paid, bound, before = float(dual.prices.sum()) * priced.rows.limit, -math.inf, -math.inf
+    for _ in range(MOST_SWEEPS // SWEEPS_PER_LOOK):
+        for _ in range(SWEEPS_PER_LOOK):
+            search.poll()
+            bound = sweeps.sweep(costs) - paid
+        part.raise_bound(bound)
+        if bound - before <= STALLED_SHARE * min(search.objective / part.quantum - bound, abs(bound)):
+            break
+        before = bound
+    return _pruned(part, sweeps, costs, bound)
+
+
+def _pruned(part: Part, sweeps: Sweeps, costs: list[int], bound: float) -> Part | None:
+    room = part.room(bound)
+    if math.isinf(room):
+        return part
+    search, problem = part.search, part.problem
+    kept, matrices = sweeps.prune(costs, room)
+    edges = tuple((u, v, search.tables.shared(m)) for (u, v), m in zip(sweeps.ends, matrices, strict=True))
+    search.poll()
+    try:
+        fewer, back = restrict(
+            Problem(problem.nodes, edges, problem.usages, problem.limit), search.tables, kept
+        )
+        reduced, lift = simplify(fewer, search.tables, search.poll)
+    except NoChoiceError:
+        return None
+    return part.smaller(reduced, lambda strategies: back(lift(strategies)))
+
+
+def price_memory(part: Part, seconds: float) -> tuple[Priced, Dual]:
+    """Maximise the dual over memory prices, offering every choice met on the way."""
+    search, rows = part.search, part.rows
+    assert rows is not None
+    search.begin("prices")
+    order = order_of(part.problem, search.wide_entries)
+    pricing = Pricing(part.problem, search.tables, rows)
+
+    def on_step(dual: Dual, column: Column) -> bool:
+        search.poll()
+        part.raise_bound(dual.bound)
+        if part.fits(column.usage):
+            part.offer(column.strategies)
+        return search.done() or time.perf_counter() > end
+
+    end = time.perf_counter() + seconds
+    if not order.left:
+        relaxation = ExactRelaxation(part.problem, search.tables, order, search.poll)
+        priced = Priced(relaxation, pricing, rows, part.problem.cost)
+        dual = maximise(priced, on_step=on_step, ceiling=highest_cost(part.problem))
+    else:
+        priced = Priced(Sweeps(part.problem, search.tables), pricing, rows, part.problem.cost)
+        start = time.perf_counter()
+        priced.solve(np.zeros(len(rows.times)))
+        steps = int(max(10.0, min(400.0, seconds / (time.perf_counter() - start))))
+        dual = maximise_by_weights(priced, on_step=on_step, iterations=steps)
+    search.stats["prices_solved"] = dual.iterations
+    return priced, dual
+
+
+def highest_cost(problem: Problem) -> float:
+    """An upper bound on the cost of every choice of finite cost."""
+    tables = [*problem.nodes, *(matrix for _, _, matrix in problem.edges)]
+    largest = {id(table): float(table.max(where=np.isfinite(table), initial=-math.inf)) for table in tables}
+    return sum(largest[id(table)] for table in tables) + 1.0
+
+
+def mix_layers(part: Part, priced: Priced, dual: Dual) -> None:
+    """Feasible choices around the best prices, by bisection over layers."""
+    part.search.begin("mixing layers")
+    if isinstance(priced.relaxation, Sweeps):
+        priced.relaxation.per_call = 2
+
+    def on_column(column: Column) -> bool:
+        part.search.poll()
+        if part.fits(column.usage):
+            part.offer(column.strategies)
+        return part.search.done()
+
+    feasible_by_prices(priced, dual, line_layout(part.problem), on_column)
+
+
+def branch_on_mixture(part: Part, dual: Dual, seconds: float) -> None:
+    """The integer program over only those strategies that the best mixture of choices uses."""
+    search = part.search
+    search.begin("integer program on the mixture")
+    used = [column for column, share in zip(dual.columns, dual.mixture, strict=False) if share > 0.0]
+    used += [Column(part.best, part.least, np.zeros(0))] if part.best is not None else []
+    kept = [
+        np.unique([column.strategies[node] for column in used]) for node in range(len(part.problem.nodes))
+    ]
+    small, lift = restrict(part.problem, search.tables, kept)
+    end = time.perf_counter() + seconds
+    outcome = integer_program(
+        small, search.tables, remaining=lambda: end - time.perf_counter(), poll=search.poll
+    )
+    if outcome.strategies is not None:
+        part.offer(lift(outcome.strategies))
+
+
+def branch_whole(part: Part) -> bool:
+    """The integer program on the whole part; whether it ended with a proof (also that nothing is left)."""
+    search = part.search
+    search.begin("integer program")
+    end = time.perf_counter() + 0.95 * search.remaining() - 0.2
+    outcome = integer_program(
+        part.problem,
+        search.tables,
+        remaining=lambda: end - time.perf_counter(),
+        poll=search.poll,
+        cutoff=search.objective / part.quantum,
+    )
+    part.raise_bound(outcome.bound)
+    if outcome.strategies is not None:
+        part.offer(outcome.strategies)
+    return math.isinf(outcome.bound) or search.done()
+
+
+def improve_windows(part: Part) -> None:
+    """Until time ends: free a stretch of the line layout, hold the rest at the incumbent, solve exactly."""
+    search = part.search
+    if part.best is None:
+        return
+    search.begin("windows")
+    layout, random = line_layout(part.problem), np.random.default_rng(0)
+    size = WINDOW_NODES
+    while not search.done():
+        search.poll()
+        middle = random.integers(len(layout))
+        free = np.abs(layout - middle) * 2 < size
+        held = part.best
+        kept = [
+            np.arange(len(costs)) if free[node] else np.array([held[node]])
+            for node, costs in enumerate(part.problem.nodes)
+        ]
+        small, lift = restrict(part.problem, search.tables, kept)
+        end = time.perf_counter() + min(5.0, 0.9 * search.remaining())
+        outcome = integer_program(
+            small, search.tables, remaining=lambda end=end: end - time.perf_counter(), poll=search.poll
+        )
+        if outcome.strategies is not None:
+            part.offer(lift(outcome.strategies))

@@ -1,0 +1,491 @@
+"""Collectives, FLOPs and memory of compiled programs: on 8 CPU devices, from GPU text, on TPU topologies."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from autopar.cluster import Mesh
+from autopar.errors import HardwareError, MeshError
+from autopar.lowering import hlo
+from autopar.lowering.audit import Audit, Collective, audit, axes_spanned, compare
+from autopar.lowering.topology import TPU_ENVIRONMENT, tpu_mesh
+from autopar.plan import Collective as Predicted
+
+MESH = Mesh.parse("data=2,tensor=4")
+BOTH = ("data", "tensor")
+RING = [(i, (i + 1) % 4) for i in range(4)]
+
+
+def f32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def bf16(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def compiled(program, aval, mesh: jax.sharding.Mesh):
+    """``program`` per device, on a replicated argument."""
+    everywhere = PartitionSpec()
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    sharding = NamedSharding(mesh, everywhere)
+    return jax.jit(mapped, in_shardings=sharding, out_shardings=sharding).lower(aval).compile()
+
+
+def gather(x, axes, dim=0):
+    return lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def scatter(x, axes, dim=0):
+    return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+
+
+def exchange(x, axes):
+    return lax.all_to_all(x, axes, 1, 0, tiled=True)
+
+
+def scan_of(body, length):
+    return lambda x: lax.scan(lambda c, _: (body(c), None), x, None, length=length)[0]
+
+
+K = 16 * 16 * 4  # bytes of the argument in float32
+X, HALF = f32(16, 16), bf16(16, 16)
+# name -> (program, argument, what is compiled on CPU: (kind, axes, bytes, count, dtype))
+CASES = {
+    "all_reduce": (lambda x: lax.psum(x, "tensor"), X, [("all_reduce", ("tensor",), K, 1, "float32")]),
+    "major axis": (lambda x: lax.psum(x, "data"), X, [("all_reduce", ("data",), K, 1, "float32")]),
+    "both axes": (lambda x: lax.psum(x, BOTH), X, [("all_reduce", BOTH, K, 1, "float32")]),
+    "max": (lambda x: lax.pmax(x, "data"), X, [("all_reduce", ("data",), K, 1, "float32")]),
+    "gather": (lambda x: gather(x, "tensor"), X, [("all_gather", ("tensor",), 4 * K, 1, "float32")]),
+    "gather minor": (lambda x: gather(x, "data", 1), X, [("all_gather", ("data",), 2 * K, 1, "float32")]),
+    "gather both": (lambda x: gather(x, BOTH), X, [("all_gather", BOTH, 8 * K, 1, "float32")]),
+    "gather bool": (
+        lambda x: gather(x > 0, "data"),
+        X,
+        [("all_gather", ("data",), 2 * 16 * 16, 1, "bool")],
+    ),
+    "scatter": (lambda x: scatter(x, "tensor"), X, [("reduce_scatter", ("tensor",), K, 1, "float32")]),
+    "scatter minor": (
+        lambda x: scatter(x, "data", 1),
+        X,
+        [("reduce_scatter", ("data",), K, 1, "float32")],
+    ),
+    "exchange": (lambda x: exchange(x, "tensor"), X, [("all_to_all", ("tensor",), K, 1, "float32")]),
+    "exchange both": (lambda x: exchange(x, BOTH), X, [("all_to_all", BOTH, K, 1, "float32")]),
+    "permute": (
+        lambda x: lax.ppermute(x, "tensor", RING),
+        X,
+        [("collective_permute", ("tensor",), K, 1, "float32")],
+    ),
+    "permute one way": (
+        lambda x: lax.ppermute(x, "data", [(0, 1)]),
+        X,
+        [("collective_permute", ("data",), K, 1, "float32")],
+    ),
+    "combined": (
+        lambda x: (lax.psum(x, "data"), lax.psum(x * 2, "data")),
+        X,
+        [("all_reduce", ("data",), 2 * K, 2, "float32")],
+    ),
+    "one after another": (
+        lambda x: gather(lax.psum(x, "tensor"), "data"),
+        X,
+        [("all_gather", ("data",), 2 * K, 1, "float32"), ("all_reduce", ("tensor",), K, 1, "float32")],
+    ),
+    "two exchanges": (
+        lambda x: (exchange(x, "tensor"), exchange(x * 2, "tensor")),
+        X,
+        [("all_to_all", ("tensor",), 2 * K, 2, "float32")],
+    ),
+    "in a scan": (
+        scan_of(lambda x: lax.psum(x, "data") * 0.5, 7),
+        X,
+        [("all_reduce", ("data",), 7 * K, 7, "float32")],
+    ),
+    "in nested scans": (
+        scan_of(scan_of(lambda x: lax.psum(x, "data") * 0.5, 3), 7),
+        X,
+        [("all_reduce", ("data",), 21 * K, 21, "float32")],
+    ),
+    "in a loop from 3 to 8": (
+        lambda x: lax.fori_loop(3, 8, lambda i, c: lax.psum(c, "data") * 0.5, x),
+        X,
+        [("all_reduce", ("data",), 5 * K, 5, "float32")],
+    ),
+    "in a loop of unknown length": (
+        lambda x: lax.while_loop(lambda c: c[0, 0] < 9.0, lambda c: lax.psum(c, "data") * 0.5, x),
+        X,
+        [("all_reduce", ("data",), K, 1, "float32")],
+    ),
+    "in a branch": (
+        lambda x: lax.cond(x[0, 0] > 0, lambda v: lax.psum(v, "data"), lambda v: v, x),
+        X,
+        [("all_reduce", ("data",), K, 1, "float32")],
+    ),
+    # 16-bit floats: the CPU sends them as float32; the audit takes that back.
+    "all_reduce of half": (
+        lambda x: lax.psum(x, "tensor"),
+        HALF,
+        [("all_reduce", ("tensor",), K / 2, 1, "bfloat16")],
+    ),
+    "gather of half": (lambda x: gather(x, "data"), HALF, [("all_gather", ("data",), K, 1, "bfloat16")]),
+    "scatter of half": (
+        lambda x: scatter(x, "data"),
+        HALF,
+        [("reduce_scatter", ("data",), K / 2, 1, "bfloat16")],
+    ),
+    "exchange of half": (
+        lambda x: exchange(x * 2, "tensor"),
+        HALF,
+        [("all_to_all", ("tensor",), K / 2, 1, "bfloat16")],
+    ),
+    "permute of half": (
+        lambda x: lax.ppermute(x, "tensor", RING),
+        HALF,
+        [("collective_permute", ("tensor",), K / 2, 1, "bfloat16")],
+    ),
+    "no communication": (lambda x: x @ x, X, []),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_collectives_of_a_program_on_eight_cpu_devices(name, jax_mesh):
+    program, aval, expected = CASES[name]
+    found = audit(compiled(program, aval, jax_mesh(data=2, tensor=4)), MESH).collectives
+    assert found == tuple(Collective(*one) for one in expected)
+
+
+@pytest.mark.parametrize(
+    "axes", [("a",), ("b",), ("c",), ("a", "c"), ("a", "b"), ("b", "c"), ("a", "b", "c")]
+)
+def test_every_subset_of_three_axes_is_recognised(axes, jax_mesh):
+    program = compiled(lambda x: lax.psum(x, axes), X, jax_mesh(a=2, b=2, c=2))
+    found = audit(program, Mesh.parse("a=2,b=2,c=2")).collectives
+    assert found == (Collective("all_reduce", axes, K, 1, "float32"),)
+
+
+def test_flops_and_memory_are_per_device(jax_mesh):
+    found = audit(compiled(lambda x: x @ x + gather(x, "data")[:16], X, jax_mesh(data=2, tensor=4)), MESH)
+    assert found.flops >= 2 * 16**3 and found.argument_bytes == found.output_bytes == K
+    assert found.alias_bytes == 0 and found.temp_bytes >= 2 * K and found.estimated_cycles is None
+    assert found.peak_bytes == found.argument_bytes + found.output_bytes + found.temp_bytes
+
+
+@pytest.mark.parametrize(
+    ("program", "products"),
+    [
+        (lambda x: x @ x, 1),
+        (scan_of(lambda x: x @ x, 7), 7),
+        (scan_of(scan_of(lambda x: x @ x, 3), 7), 21),
+    ],
+)
+def test_products_in_loops_count_as_often_as_the_loop_runs(program, products, jax_mesh):
+    found = audit(compiled(program, X, jax_mesh(data=2, tensor=4)), MESH)
+    assert found.flops == pytest.approx(products * 2 * 16**3, abs=100)
+
+
+def test_convolutions_in_loops_count_every_round_without_regard_to_padding(jax_mesh):
+    def convolve(x):
+        return lax.conv(x[None, None], x[None, None, :3, :3], (1, 1), "SAME")[0, 0]
+
+    found = audit(compiled(scan_of(convolve, 7), X, jax_mesh(data=2, tensor=4)), MESH)
+    first, others = 2 * 46 * 46, 6 * 2 * 16 * 16 * 9
+    assert found.flops == pytest.approx(first + others, abs=100)
+
+
+def test_a_donated_argument_counts_once(jax_mesh):
+    mesh = jax_mesh(data=2, tensor=4)
+    sharding = NamedSharding(mesh, PartitionSpec("data", "tensor"))
+    step = jax.jit(lambda x: x + 1, in_shardings=sharding, out_shardings=sharding, donate_argnums=0)
+    found = audit(step.lower(X).compile(), MESH)
+    assert found.argument_bytes == found.output_bytes == found.alias_bytes == K / 8
+    assert found.peak_bytes == K / 8 + found.temp_bytes
+
+
+def test_an_audit_with_another_number_of_devices_is_refused(jax_mesh):
+    program = compiled(lambda x: x, X, jax_mesh(data=2, tensor=2))
+    with pytest.raises(MeshError, match="mesh has 8 devices, the compiled program runs on 4"):
+        audit(program, MESH)
+
+
+@given(st.permutations(range(3)), st.lists(st.integers(1, 4), min_size=3, max_size=3), st.integers(0, 3))
+def test_iota_groups_are_the_reshaped_transposed_iota_of_numpy(order, dims, cut):
+    shape = [math.prod(dims[order[k]] for k in range(cut)), math.prod(dims[order[k]] for k in range(cut, 3))]
+    text = f"[{','.join(map(str, shape))}]<=[{','.join(map(str, dims))}]T({','.join(map(str, order))})"
+    expected = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
+    assert np.array_equal(np.array(hlo.groups_of(text)), expected)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
+def test_the_groups_of_a_set_of_axes_span_exactly_its_axes_of_size_above_one(sizes, data):
+    mesh = Mesh(tuple((f"a{k}", size) for k, size in enumerate(sizes)))
+    inside = [data.draw(st.booleans()) for _ in sizes]
+    order = [k for k, chosen in enumerate(inside) if not chosen] + [k for k, c in enumerate(inside) if c]
+    width = math.prod(size for size, chosen in zip(sizes, inside, strict=True) if chosen)
+    grid = np.arange(mesh.n_devices).reshape(sizes).transpose(order).reshape(-1, width)
+    groups = tuple(tuple(row) for row in grid.tolist())
+    expected = tuple(f"a{k}" for k, size in enumerate(sizes) if inside[k] and size > 1)
+    assert axes_spanned(groups, mesh) == expected
+
+
+# Lines of a module for GPUs: asynchronous forms, tuples, iota groups; each beside what it means.
+GPU_MODULE = """HloModule step, is_scheduled=true, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%wrapped (p: f32[16,16]) -> f32[4,16] {
+  %p = f32[16,16]{1,0} parameter(0)
+  ROOT %rs = f32[4,16]{1,0} reduce-scatter(%p), channel_id=9, replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+ENTRY %main (x: f32[16,16], y: bf16[8,4]) -> f32[16,16] {
+  %x = f32[16,16]{1,0} parameter(0)
+  %y = bf16[8,4]{1,0} parameter(1)
+"""
+GPU_LINES = {
+    "all_reduce started": (
+        "%s = f32[16,16]{1,0} all-reduce-start(%x), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add",
+        ("all_reduce", ("data",), K, 1, "float32"),
+    ),
+    "all_gather started": (
+        "%s = ((f32[16,16]), f32[64,16]) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}",
+        ("all_gather", ("tensor",), 4 * K, 1, "float32"),
+    ),
+    "all_reduce combined": (
+        "%s = (f32[16,16], /*index=1*/f32[16,16]) all-reduce(%x, %x), replica_groups={}, to_apply=%add",
+        ("all_reduce", BOTH, 2 * K, 2, "float32"),
+    ),
+    "reduce_scatter in a wrapper": (
+        "%s = ((f32[16,16]), f32[4,16], u32[]) async-start(%x), calls=%wrapped",
+        ("reduce_scatter", ("tensor",), K, 1, "float32"),
+    ),
+    "permute started": (
+        "%s = (bf16[8,4], bf16[8,4]) collective-permute-start(%y), source_target_pairs={{0,4},{1,5},{4,0}}",
+        ("collective_permute", ("data",), 64, 1, "bfloat16"),
+    ),
+    "exchange of one array": (
+        "%s = bf16[8,4] all-to-all(%y), replica_groups=[1,8]<=[8], dimensions={0}",
+        ("all_to_all", BOTH, 64, 1, "bfloat16"),
+    ),
+}
+
+
+def gpu_module(line: str) -> hlo.Module:
+    done = "  %done = f32[16,16] all-reduce-done(%s)\n  ROOT %r = f32[16,16] copy(%done)\n}\n"
+    return hlo.parse(f"{GPU_MODULE}  {line}\n{done}")
+
+
+@pytest.mark.parametrize("name", GPU_LINES)
+def test_the_forms_that_the_gpu_compiler_writes(name):
+    line, (kind, axes, nbytes, count, dtype) = GPU_LINES[name]
+    found = list(hlo.communications(gpu_module(line), 8))
+    assert {(c.kind, axes_spanned(c.groups, MESH), c.dtype) for c in found} == {(kind, axes, dtype)}
+    assert (sum(c.nbytes for c in found), len(found)) == (nbytes, count)
+
+
+def test_groups_of_one_device_communicate_nothing():
+    alone = ",".join(f"{{{device}}}" for device in range(8))
+    line = f"%s = f32[16,16] all-reduce(%x), replica_groups={{{alone}}}, to_apply=%add"
+    assert not list(hlo.communications(gpu_module(line), 8))
+
+
+# The TPU compiler writes a fused reduce-scatter as an all-reduce of padded rows, and no trip counts.
+TPU_MODULE = """HloModule step, is_scheduled=true, num_partitions=8
+
+%all-reduce-scatter.1 (input: bf16[4096,1024]) -> bf16[1032,1024] {
+  %input = bf16[4096,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %zero = bf16[] constant(0)
+  %pad = bf16[4128,1024]{1,0:T(8,128)(2,1)} pad(%input, %zero), padding=0_32x0_0
+  %ar = bf16[4128,1024]{1,0:T(8,128)(2,1)} all-reduce(%pad), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %slice = bf16[1032,1024]{1,0:T(8,128)(2,1)} dynamic-slice(%ar, %zero), dynamic_slice_sizes={1032,1024}
+}
+
+%body (state: (s32[], bf16[4096,1024])) -> (s32[], bf16[4096,1024]) {
+  %state = (s32[]{:T(128)}, bf16[4096,1024]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %value = bf16[4096,1024]{1,0} get-tuple-element(%state), index=1
+  %fusion = bf16[1032,1024]{1,0} fusion(%value), kind=kCustom, calls=%all-reduce-scatter.1
+  %work = bf16[8]{0} fusion(%value), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"1000"}
+  ROOT %next = (s32[], bf16[4096,1024]) tuple(%state, %value)
+}
+
+%f (p: bf16[4096,1024]) -> bf16[8] {
+  %p = bf16[4096,1024]{1,0} parameter(0)
+  ROOT %s = bf16[8]{0} slice(%p), slice={[0:8]}
+}
+
+%condition (state: (s32[], bf16[4096,1024])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(12)
+  %state = (s32[]{:T(128)}, bf16[4096,1024]{1,0}) parameter(0)
+  %counter = s32[]{:T(128)} get-tuple-element(%state), index=0
+  ROOT %less = pred[]{:T(512)} compare(%counter, %limit), direction=LT
+}
+
+ENTRY %main (x: bf16[4096,1024]) -> bf16[4096,1024] {
+  %x = bf16[4096,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %first = s32[]{:T(128)} constant(2)
+  %copy = s32[]{:T(128)} copy(%first)
+  %start = (s32[]{:T(128)}, bf16[4096,1024]{1,0}) tuple(%copy, %x)
+  %loop = (s32[], bf16[4096,1024]) while(%start), condition=%condition, body=%body
+  %once = bf16[8]{0} fusion(%x), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"7"}
+  ROOT %out = bf16[4096,1024]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_fused_reduce_scatter_of_the_tpu_is_unpadded_and_its_loop_counted():
+    module = hlo.parse(TPU_MODULE)
+    found = list(hlo.communications(module, 8))
+    assert [(c.kind, c.nbytes, c.times, c.dtype) for c in found] == [
+        ("reduce_scatter", 4096 * 1024 * 2, 10, "bfloat16")
+    ]
+    assert hlo.estimated_cycles(module) == 10 * 1000 + 7
+
+
+# A collective that the TPU overlaps with a product: written into the start, the product and the done.
+ASYNC_MODULE = """HloModule step, is_scheduled=true, num_partitions=8
+
+%start (p: f32[16,16]) -> (f32[16,16], f32[64,16]) {
+  %p = f32[16,16]{1,0} parameter(0)
+  %g = f32[64,16]{1,0} all-gather(%p), replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+  ROOT %c = (f32[16,16], f32[64,16]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (q: f32[16,16]) -> f32[64,16] {
+  %q = f32[16,16]{1,0} parameter(0)
+  ROOT %h = f32[64,16]{1,0} all-gather(%q), replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+}
+
+%done (r: f32[16,16]) -> f32[64,16] {
+  %r = f32[16,16]{1,0} parameter(0)
+  %i = f32[64,16]{1,0} all-gather(%r), replica_groups=[2,4]<=[8], frontend_attributes={chain_id="0"}
+  ROOT %d = f32[64,16]{1,0} custom-call(%r, %i), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[16,16]) -> f32[64,16] {
+  %x = f32[16,16]{1,0} parameter(0)
+  %s = (f32[16,16], f32[64,16]) fusion(%x), kind=kCustom, calls=%start
+  %y = f32[16,16]{1,0} get-tuple-element(%s), index=0
+  %z = f32[64,16]{1,0} fusion(%y), kind=kCustom, calls=%async_collective_fusion.1
+  ROOT %w = f32[64,16]{1,0} fusion(%y), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_a_collective_that_the_tpu_spreads_over_fusions_counts_once():
+    found = list(hlo.communications(hlo.parse(ASYNC_MODULE), 8))
+    assert [(c.kind, c.nbytes, c.times) for c in found] == [("all_gather", 4 * K, 1)]
+
+
+def test_a_gather_that_the_tpu_rounds_to_bfloat16_is_explained():
+    half = Collective("all_gather", ("data",), 60.0, 2, "bfloat16")
+    rest = Collective("all_gather", ("data",), 80.0, 1, "float32")
+    compiled_step = Audit((half, rest), 0.0, 0, 0, 0, 0, 0, None)
+    (narrowed,) = compare(of(("all_gather", ("data",), 200.0, 3)), compiled_step, MESH)
+    assert "rounds float32 to bfloat16" in narrowed.explanation
+    (other,) = compare(of(("all_gather", ("data",), 300.0, 3)), compiled_step, MESH)
+    assert not other.explanation
+
+
+def test_unbalanced_text_is_refused():
+    with pytest.raises(ValueError, match="unbalanced parentheses"):
+        hlo.parse("ENTRY %main () -> f32[] {\n  %x = (f32[], f32[] tuple(\n}\n")
+
+
+def of(*collectives: tuple[str, tuple[str, ...], float, int]) -> list[Predicted]:
+    return [Predicted(*one) for one in collectives]
+
+
+def built(*collectives: tuple[str, tuple[str, ...], float, int]) -> Audit:
+    return Audit(tuple(Collective(*one, "float32") for one in collectives), 0.0, 0, 0, 0, 0, 0, None)
+
+
+def test_equal_collectives_do_not_differ_whatever_their_grouping_axis_order_and_axes_of_size_one():
+    predicted = of(
+        ("all_reduce", ("tensor", "data"), 60.0, 2),
+        ("all_reduce", ("data", "tensor", "one"), 40.0, 1),
+        ("all_gather", ("one",), 99.0, 1),
+    )
+    mesh = Mesh.parse("data=2,tensor=4,one=1")
+    assert compare(predicted, built(("all_reduce", BOTH, 100.0, 3)), mesh) == ()
+
+
+@pytest.mark.parametrize(
+    ("predicted", "compiled_ones", "explanations"),
+    [
+        ([("all_reduce", BOTH, 8.0, 1)], [], ["merged identical"]),
+        ([], [("all_reduce", BOTH, 8.0, 1)], [""]),
+        ([("all_gather", BOTH, 8.0, 1)], [("all_gather", BOTH, 16.0, 1)], [""]),
+        ([("all_gather", BOTH, 16.0, 1)], [("all_gather", BOTH, 8.0, 1)], [""]),
+        ([("all_gather", BOTH, 8.0, 1)], [("all_gather", ("data",), 8.0, 1)], ["", "merged identical"]),
+        (
+            [("all_reduce", BOTH, 8.0, 1)],
+            [("reduce_scatter", BOTH, 8.0, 1)],
+            ["became a reduce_scatter", "became a reduce_scatter"],
+        ),
+        ([("reduce_scatter", BOTH, 8.0, 1)], [("all_reduce", BOTH, 8.0, 1)], ["", ""]),
+        (
+            [("reduce_scatter", BOTH, 800.0, 1)],
+            [("reduce_scatter", BOTH, 800.0, 1), ("collective_permute", BOTH, 8.0, 1)],
+            ["shifts the rows"],
+        ),
+        (
+            [("reduce_scatter", BOTH, 800.0, 1)],
+            [("reduce_scatter", BOTH, 800.0, 1), ("collective_permute", BOTH, 80.0, 1)],
+            [""],
+        ),
+    ],
+)
+def test_differences_are_explained_only_by_what_the_compiler_is_known_to_do(
+    predicted, compiled_ones, explanations
+):
+    found = compare(of(*predicted), built(*compiled_ones), MESH)
+    assert len(found) == len(explanations)
+    for one, expected in zip(found, explanations, strict=True):
+        assert expected in one.explanation and bool(expected) == bool(one.explanation)
+
+
+def test_a_dropped_duplicate_is_explained_in_a_real_program(jax_mesh):
+    program = compiled(lambda x: lax.psum(x, "data") + lax.psum(x, "data") * 2, X, jax_mesh(data=2, tensor=4))
+    found = compare(of(("all_reduce", ("data",), 2 * K, 2)), audit(program, MESH), MESH)
+    assert [(d.predicted_count, d.compiled_count) for d in found] == [(2, 1)]
+    assert "merged identical" in found[0].explanation
+
+
+def test_a_topology_without_its_environment_says_what_to_set(monkeypatch):
+    pytest.importorskip("libtpu")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    with pytest.raises(HardwareError, match=r"(?s)TPU_SKIP_MDS_QUERY.*start the program with TPU_SKIP"):
+        tpu_mesh("v5e:4x4", MESH)
+
+
+def test_a_topology_without_libtpu_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(HardwareError, match=r"pip install 'autopar\[tpu\]'"):
+        tpu_mesh("v5e:4x4", MESH)
+
+
+@pytest.mark.slow
+def test_tpu_programs_have_the_collectives_that_were_written():
+    """In a process of its own: libtpu reads its environment when it is loaded."""
+    pytest.importorskip("libtpu")
+    script = Path(__file__).with_name("tpu_programs.py")
+    environment = os.environ | TPU_ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
