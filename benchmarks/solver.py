@@ -1,7 +1,7 @@
 """Solve every instance of a folder: ``python benchmarks/solver.py FOLDER [--seconds 10 60] [--only A B]``.
 
-Instances are IOPDDL files (``.json``, ``.json.gz``). One line per instance and time limit: cost, bound, gap, seconds;
-every choice is scored again from the file in Python integers.
+Instances are IOPDDL files (``.json``, ``.json.gz``). One line per instance and time limit: cost, bound, gap,
+seconds; every choice is scored again from the file in Python integers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from pathlib import Path
 from autopar.errors import InfeasibleError
 from autopar.solver import exact_score, read_iopddl, solve
 
+HEADER = (
+    f"{'instance':32} {'nodes':>7} {'limit_s':>7} {'cost':>18} {'bound':>18}" + "       gap  wall_s   cpu_s"
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -20,8 +24,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, nargs="+", default=[10.0, 60.0])
     parser.add_argument("--only", nargs="+", default=None, help="names that must occur in the file name")
     arguments = parser.parse_args()
-    header = f"{'instance':32} {'nodes':>7} {'limit_s':>7} {'cost':>18} {'bound':>18} {'gap':>9} {'wall_s':>7} {'cpu_s':>7}"
-    print(header)
+    print(HEADER)
     for path in sorted([*arguments.folder.glob("*.json"), *arguments.folder.glob("*.json.gz")]):
         name = path.name.split(".")[0]
         if arguments.only is None or any(name.endswith(word) for word in arguments.only):

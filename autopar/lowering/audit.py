@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from autopar.cluster import Mesh
@@ -45,6 +46,7 @@ class Audit:
         alias_bytes: results that live in donated arguments.
         peak_bytes: arguments, results and temporaries together, aliased bytes once.
         estimated_cycles: the TPU compiler's estimate without collectives; None elsewhere.
+        platform: cpu, gpu or tpu.
     """
 
     collectives: tuple[Collective, ...]
@@ -55,6 +57,7 @@ class Audit:
     alias_bytes: int
     peak_bytes: int
     estimated_cycles: int | None
+    platform: str
 
 
 def audit(compiled: Any, mesh: Mesh) -> Audit:
@@ -82,7 +85,16 @@ def audit(compiled: Any, mesh: Mesh) -> Audit:
         alias_bytes=memory.alias_size_in_bytes,
         peak_bytes=held_bytes + memory.temp_size_in_bytes,
         estimated_cycles=hlo.estimated_cycles(module),
+        platform=_platform(compiled),
     )
+
+
+def _platform(compiled: Any) -> str:
+    """That of the devices; a program without arguments and results has none, and counts as cpu."""
+    for sharding in jax.tree.leaves((compiled.input_shardings, compiled.output_shardings)):
+        for device in sharding.device_set:
+            return device.platform
+    return "cpu"
 
 
 def _collectives(module: hlo.Module, mesh: Mesh) -> tuple[Collective, ...]:
@@ -135,11 +147,10 @@ class Difference:
 # What XLA does to collectives, beyond what `hlo.communications` already takes back (combining several into
 # one tuple, sending 16-bit floats as float32 on CPU, padding a fused reduce-scatter on TPU).
 SLICED = "an all_reduce and the slice of its result became a reduce_scatter (XLA's ReduceScatterCreator)"
-DROPPED = "XLA merged identical collectives, or dropped one of a constant or of an unused value"
-NARROWED = "the TPU rounds float32 to bfloat16 before it gathers what only matrix products read"
+REDUCED = "the TPU runs a reduce_scatter over all devices, and collectives on vectors, as an all_reduce"
+NARROWED = "the TPU rounds float32 to bfloat16 before it sends what only matrix products read"
 HALO = "the TPU shifts the rows by which it padded a reduce_scatter to its neighbours"
-_NARROW = ("bfloat16", "float16")
-_HALO_SHARE = 0.02  # such a shift moves at most some tiles of 8 or 16 rows
+DROPPED = "XLA merged identical collectives, or dropped one of a constant or of an unused value"
 
 
 def compare(predicted: Iterable[Predicted], audited: Audit, mesh: Mesh) -> tuple[Difference, ...]:
@@ -149,13 +160,14 @@ def compare(predicted: Iterable[Predicted], audited: Audit, mesh: Mesh) -> tuple
     ``[d for d in compare(...) if not d.explanation]``.
     """
     expected, built = _by_kind_and_axes(predicted, mesh), _by_kind_and_axes(audited.collectives, mesh)
-    differences = {
-        key: Difference(*key, expected[key][0], built[key][0], expected[key][1], built[key][1])
+    differences = [
+        Difference(*key, expected[key][0], built[key][0], expected[key][1], built[key][1])
         for key in sorted(expected.keys() | built.keys())
         if expected[key] != built[key]
-    }
-    narrow = _by_kind_and_axes((c for c in audited.collectives if c.dtype in _NARROW), mesh)
-    return tuple(_explained(found, differences, built, narrow) for found in differences.values())
+    ]
+    return tuple(
+        replace(found, explanation=_explanation(found, differences, audited)) for found in differences
+    )
 
 
 _Key = tuple[str, tuple[str, ...]]
@@ -173,24 +185,42 @@ def _by_kind_and_axes(
     return totals
 
 
-def _explained(
-    found: Difference,
-    others: dict[_Key, Difference],
-    built: defaultdict[_Key, tuple[float, int]],
-    narrow: defaultdict[_Key, tuple[float, int]],
-) -> Difference:
-    surplus_bytes = found.compiled_bytes - found.predicted_bytes
-    twin = {"all_reduce": "reduce_scatter", "reduce_scatter": "all_reduce"}.get(found.kind, "")
-    other = others.get((twin, found.axes))
-    if other and surplus_bytes == other.predicted_bytes - other.compiled_bytes:
-        sliced = surplus_bytes > 0 if found.kind == "reduce_scatter" else surplus_bytes < 0
-        return replace(found, explanation=SLICED) if sliced else found
-    narrow_bytes, _ = narrow[found.kind, found.axes]
-    if found.compiled_count == found.predicted_count and 0 < -surplus_bytes <= narrow_bytes:
-        return replace(found, explanation=NARROWED)
-    scattered_bytes, _ = built["reduce_scatter", found.axes]
-    if found.kind == "collective_permute" and 0 < surplus_bytes <= _HALO_SHARE * scattered_bytes:
-        return replace(found, explanation=HALO)
-    if surplus_bytes < 0 and found.compiled_count < found.predicted_count:
-        return replace(found, explanation=DROPPED)
-    return found
+def _explanation(found: Difference, differences: list[Difference], audited: Audit) -> str:
+    alike = {d.kind: d for d in differences if d.axes == found.axes}
+    surplus = {kind: d.compiled_bytes - d.predicted_bytes for kind, d in alike.items()}
+    reduced, scattered, gathered = (
+        surplus.get(kind, 0.0) for kind in ("all_reduce", "reduce_scatter", "all_gather")
+    )
+    if found.kind in ("all_reduce", "reduce_scatter") and scattered > 0 and reduced == -scattered:
+        return SLICED
+    if audited.platform == "tpu":
+        lacking_bytes = -(reduced + scattered + gathered)
+        all_reduced = reduced > 0 >= max(scattered, gathered)
+        rounded_bytes = _narrow_bytes(audited, "all_gather", found.axes)
+        if found.kind in _REDUCED_KINDS and all_reduced and 0 <= lacking_bytes <= rounded_bytes:
+            return REDUCED
+        same_count = found.compiled_count == found.predicted_count
+        if same_count and 0 < -surplus[found.kind] <= _narrow_bytes(audited, found.kind, found.axes):
+            return NARROWED
+        if found.kind == "collective_permute" and 0 < surplus[found.kind] <= _most_halo_bytes(audited, found):
+            return HALO
+    if surplus[found.kind] < 0 and found.compiled_count < found.predicted_count:
+        return DROPPED
+    return ""
+
+
+_REDUCED_KINDS = ("all_reduce", "reduce_scatter", "all_gather")
+
+
+def _narrow_bytes(audited: Audit, kind: str, axes: tuple[str, ...]) -> float:
+    """Bytes that are sent as 16-bit floats."""
+    narrow = ("bfloat16", "float16")
+    return sum(
+        c.nbytes for c in audited.collectives if (c.kind, c.axes) == (kind, axes) and c.dtype in narrow
+    )
+
+
+def _most_halo_bytes(audited: Audit, found: Difference) -> float:
+    """At most some tiles of 8 or 16 rows of what is reduced and scattered over the same axes."""
+    scattered = (c.nbytes for c in audited.collectives if (c.kind, c.axes) == ("reduce_scatter", found.axes))
+    return 0.02 * sum(scattered)

@@ -4,12 +4,13 @@ Everything is explicit: which layout of which value an equation reads, and every
 prediction counts these instructions and the execution runs them, so that what is planned is what runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.cluster import Mesh
 from autopar.errors import PlanError
 from autopar.ir.program import Atom, Constant, Equation, Program, Value
+from autopar.ir.regions import LOOP_CARRY, LOOP_CONST, LOOP_SLICE, ScanParts
 from autopar.plan import Plan, View
 from autopar.sharding.factors import ShardingRule
 from autopar.sharding.lookup import RuleBook
@@ -68,7 +69,36 @@ class Barrier:
     outputs: tuple[Slot, ...]
 
 
-Instruction = Move | Run | Barrier
+@dataclass(frozen=True, eq=False)
+class Loop:
+    """A scan whose body is a local program; the layouts of its inputs and outputs are those of the body.
+
+    Attributes:
+        equation: the scan.
+        body: the local program of one iteration.
+        inputs: constants, carries, scanned values.
+        outputs: carries, stacked results.
+        length: iterations.
+    """
+
+    equation: Equation
+    body: "LocalProgram"
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Slot, ...]
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """A cond whose branches are local programs that take and return the same layouts."""
+
+    equation: Equation
+    bodies: "tuple[LocalProgram, ...]"
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Slot, ...]
+
+
+Instruction = Move | Run | Barrier | Loop | Branch
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,32 +129,43 @@ def build_local_program(program: Program, plan: Plan, cost: CommunicationCost) -
     Raises:
         PlanError: the plan does not cover the program.
     """
-    return _Builder(program, plan, cost).build()
+    arrive = tuple(_planned(plan, value) for value in program.inputs)
+    return _Builder(plan, cost, RuleBook()).build(program, arrive, plan.outputs)
+
+
+def _planned(plan: Plan, value: Value) -> Spec:
+    spec = plan.values.get(value.name)
+    if spec is None:
+        raise PlanError(f"the plan has no spec for {value.name}", fix="plan this program again")
+    return spec
 
 
 class _Builder:
-    """One pass over the equations, with the slots made so far."""
+    """One pass over the equations of a program or of a region's body, with the slots made so far."""
 
-    def __init__(self, program: Program, plan: Plan, cost: CommunicationCost) -> None:
-        self.program, self.plan, self.cost = program, plan, cost
+    def __init__(self, plan: Plan, cost: CommunicationCost, rules: RuleBook) -> None:
+        self.plan, self.cost, self.rules = plan, cost, rules
         self.sizes = plan.mesh.sizes
-        self.rules = RuleBook()
         self.instructions: list[Instruction] = []
         self.slots: dict[Value, Slot] = {}
         self.views: dict[int, Slot] = {}
         self.made: dict[tuple[Value, Spec, Spec], int] = {}
         self.free: dict[Value, Equation] = {}
         self.pieces: dict[tuple[Value, Spec], Slot] = {}
+        self.wanted: dict[Value, Spec] = {}
         self.view_of: dict[tuple[str, str], View] = {
             (name, reader): view for name, views in plan.views.items() for view in views for reader in view.readers
         }
 
-    def build(self) -> LocalProgram:
-        for value in self.program.inputs:
-            self.slots[value] = Slot(value, self._planned(value))
-        inputs = tuple(self.slots[value] for value in self.program.inputs)
+    def build(self, program: Program, arrive: Sequence[Spec], leave: Sequence[Spec]) -> LocalProgram:
+        """The instructions of a program whose inputs and results have the given specs."""
+        inputs = tuple(Slot(value, spec) for value, spec in zip(program.inputs, arrive, strict=True))
+        self.slots.update(zip(program.inputs, inputs, strict=True))
+        for value, spec in self.wanted.items():
+            if self.slots[value].spec != spec:
+                self.slots[value] = self._move(self.slots[value], spec, None)
         waiting: list[Equation] = []
-        for eqn in self.program.equations:
+        for eqn in program.equations:
             group = eqn.params.get("group") if eqn.primitive.name == "optimization_barrier" else None
             if waiting and (group is None or waiting[-1].params["group"] != group):
                 self._barrier(waiting)
@@ -133,16 +174,15 @@ class _Builder:
                 waiting.append(eqn)
             else:
                 self._equation(eqn)
-        outputs = tuple(self._result(k, atom) for k, atom in enumerate(self.program.outputs))
+        if waiting:
+            self._barrier(waiting)
+        outputs = tuple(self._result(atom, spec) for atom, spec in zip(program.outputs, leave, strict=True))
         return LocalProgram(inputs, outputs, tuple(self.instructions), self.plan.mesh)
 
-    def _planned(self, value: Value) -> Spec:
-        spec = self.plan.values.get(value.name)
-        if spec is None:
-            raise PlanError(f"the plan has no spec for {value.name}", fix="plan this program again")
-        return spec
-
     def _equation(self, eqn: Equation) -> None:
+        if eqn.primitive.name in ("scan", "cond") and eqn.bodies:
+            self._scan(eqn) if eqn.primitive.name == "scan" else self._cond(eqn)
+            return
         splits = self.plan.equations.get(eqn.name)
         if splits is None:
             self.free[eqn.outputs[0]] = eqn
@@ -233,11 +273,71 @@ class _Builder:
             self.pieces[value, spec] = slot
         return slot
 
-    def _result(self, index: int, atom: Atom) -> Operand:
-        spec = self.plan.outputs[index]
+    def _result(self, atom: Atom, spec: Spec) -> Operand:
         if isinstance(atom, Constant):
             return atom
         if atom in self.free:
             return self._piece(atom, spec)
         source = self.slots[atom]
         return source if source.spec == spec else self._move(source, spec, None)
+
+    # -- regions: their bodies carry layouts in and out through the equations of autopar.ir.regions
+
+    def _scan(self, eqn: Equation) -> None:
+        (body,) = eqn.bodies
+        parts = ScanParts.of(eqn)
+        inside = [_planned(self.plan, value) for value in body.inputs]
+        arrive = [spec if i < parts.first_x else Spec(((), *spec.dims)) for i, spec in enumerate(inside)]
+        kinds = [LOOP_CONST] * parts.n_consts + [LOOP_CARRY] * parts.n_carry
+        kinds += [LOOP_SLICE] * (len(inside) - parts.first_x)
+        readers = [f"{value.name}@{kind.name}" for value, kind in zip(body.inputs, kinds, strict=True)]
+        inputs = self._entering(eqn.inputs, arrive, readers)
+        carried = inside[parts.n_consts : parts.first_x]
+        stacked = [_planned(self.plan, value) for value in eqn.outputs[parts.n_carry :]]
+        leave = [*carried, *(Spec(spec.dims[1:]) for spec in stacked)]
+        local = _Builder(self.plan, self.cost, self.rules).build(body, inside, leave)
+        outputs = tuple(Slot(v, spec) for v, spec in zip(eqn.outputs, [*carried, *stacked], strict=True))
+        self.instructions.append(Loop(eqn, local, inputs, outputs, parts.length))
+        self._leaving(outputs)
+
+    def _cond(self, eqn: Equation) -> None:
+        inputs = [self._entering(eqn.inputs[:1], [Spec(())], [eqn.name])[0]]
+        sources = [self._entered(atom) for atom in eqn.inputs[1:]]
+        inputs += sources
+        leave = [_planned(self.plan, value) for value in eqn.outputs]
+        bodies = []
+        for body in eqn.bodies:
+            arrive = [s.spec if isinstance(s, Slot) else Spec(()) for s in sources]
+            bodies.append(self._branch(body, arrive, leave))
+        outputs = tuple(Slot(value, spec) for value, spec in zip(eqn.outputs, leave, strict=True))
+        self.instructions.append(Branch(eqn, tuple(bodies), tuple(inputs), outputs))
+        self._leaving(outputs)
+
+    def _branch(self, body: Program, arrive: Sequence[Spec], leave: Sequence[Spec]) -> LocalProgram:
+        """A branch takes its operands as they come and moves them itself, so that only the branch taken pays."""
+        builder = _Builder(self.plan, self.cost, self.rules)
+        builder.wanted = {value: _planned(self.plan, value) for value in body.inputs}
+        return builder.build(body, arrive, leave)
+
+    def _entering(self, atoms: Sequence[Atom], specs: Sequence[Spec], readers: Sequence[str]) -> tuple[Operand, ...]:
+        found: list[Operand] = []
+        for atom, spec, reader in zip(atoms, specs, readers, strict=True):
+            source = atom if isinstance(atom, Constant) else self._source(atom, reader)
+            if source is None:
+                assert isinstance(atom, Value)
+                source = self._piece(atom, spec)
+            elif isinstance(source, Slot) and source.spec != spec:
+                source = self._move(source, spec, None)
+            found.append(source)
+        return tuple(found)
+
+    def _entered(self, atom: Atom) -> Operand:
+        if isinstance(atom, Constant):
+            return atom
+        return self._piece(atom, Spec.replicated(len(atom.shape))) if atom in self.free else self.slots[atom]
+
+    def _leaving(self, outputs: tuple[Slot, ...]) -> None:
+        """What follows reads the results in the layout that their loop_exit or branch_out has."""
+        for slot in outputs:
+            wanted = _planned(self.plan, slot.value)
+            self.slots[slot.value] = slot if slot.spec == wanted else self._move(slot, wanted, None)

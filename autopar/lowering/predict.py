@@ -1,11 +1,11 @@
 """What a local program costs, read off its instructions: collectives, memory over time, floating-point operations."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from autopar.cost import equation_flops, fusible
-from autopar.lowering.local_program import Barrier, Instruction, LocalProgram, Move, Run, Slot
+from autopar.lowering.local_program import Barrier, Branch, Instruction, LocalProgram, Loop, Move, Run, Slot
 from autopar.plan import Collective
 
 
@@ -19,30 +19,41 @@ class Live:
     stop: int
 
 
+def walk(local: LocalProgram, times: int = 1) -> Iterator[tuple[Instruction, int]]:
+    """Every instruction and how often a step runs it; every branch of a cond counts once."""
+    for instruction in local.instructions:
+        yield instruction, times
+        if isinstance(instruction, Loop):
+            yield from walk(instruction.body, times * instruction.length)
+        elif isinstance(instruction, Branch):
+            for body in instruction.bodies:
+                yield from walk(body, times)
+
+
 def collectives(local: LocalProgram) -> tuple[Collective, ...]:
     """The collectives of one step, summed by kind and axes, most bytes first."""
     totals: dict[tuple[str, tuple[str, ...]], list[float]] = {}
-    for instruction in local.instructions:
+    for instruction, times in walk(local):
         if isinstance(instruction, Move):
             for step in instruction.resharding.steps:
                 if step.nbytes:
                     total = totals.setdefault((step.kind, step.axes), [0.0, 0])
-                    total[0] += step.nbytes
-                    total[1] += 1
+                    total[0] += step.nbytes * times
+                    total[1] += times
     found = [Collective(kind, axes, nbytes, int(n)) for (kind, axes), (nbytes, n) in totals.items()]
     return tuple(sorted(found, key=lambda c: -c.nbytes))
 
 
 def communication_s(local: LocalProgram) -> float:
     """Seconds of all reshardings, one after another."""
-    return sum(i.resharding.cost_s for i in local.instructions if isinstance(i, Move))
+    return sum(i.resharding.cost_s * times for i, times in walk(local) if isinstance(i, Move))
 
 
 def flops(local: LocalProgram) -> float:
     """Floating-point operations of one step on one device."""
     sizes = local.mesh.sizes
     total = 0.0
-    for instruction in local.instructions:
+    for instruction, times in walk(local):
         if isinstance(instruction, Run):
             strategy = instruction.strategy
             operands = [
@@ -50,7 +61,8 @@ def flops(local: LocalProgram) -> float:
                 for atom, spec in zip(instruction.equation.inputs, strategy.inputs, strict=True)
             ]
             results = [slot.spec.complete.local_shape(slot.value.shape, sizes) for slot in instruction.outputs]
-            total += equation_flops(instruction.equation.primitive.name, instruction.equation.params, operands, results)
+            name, params = instruction.equation.primitive.name, instruction.equation.params
+            total += equation_flops(name, params, operands, results) * times
     return total
 
 
@@ -65,21 +77,35 @@ def live_buffers(local: LocalProgram) -> list[Live]:
     born: dict[Slot, int] = dict.fromkeys(local.inputs, 0)
     last: dict[Slot, int] = {}
     readers: dict[Slot, list[int]] = {}
+    found: list[Live] = []
     for position, instruction in enumerate(local.instructions):
         for slot in _reads(instruction):
             last[slot] = position
             readers.setdefault(slot, []).append(position)
         for slot in _writes(instruction):
             born[slot] = position
+        for body in _bodies(instruction):
+            found.append(Live(f"inside {instruction.equation.name}", _temporary(body), position, position + 1))
     heavy = [i for i, instruction in enumerate(local.instructions) if not _fuses(instruction)]
     results = {slot for slot in local.outputs if isinstance(slot, Slot)}
-    found = []
     for slot, start in born.items():
         if slot in local.inputs:
             found.append(Live(slot.value.name, local_bytes(slot, local), 0, end))
         elif slot not in results and slot in last and _materialised(slot, start, readers[slot], local, heavy):
             found.append(Live(slot.value.name, local_bytes(slot, local), start, last[slot] + 1))
     return found
+
+
+def _bodies(instruction: Instruction) -> tuple[LocalProgram, ...]:
+    if isinstance(instruction, Loop):
+        return (instruction.body,)
+    return instruction.bodies if isinstance(instruction, Branch) else ()
+
+
+def _temporary(body: LocalProgram) -> float:
+    """The most bytes that a body holds beyond its inputs."""
+    buffers = live_buffers(body)
+    return peak(buffers)[0] - sum(local_bytes(slot, body) for slot in body.inputs)
 
 
 def _reads(instruction: Instruction) -> Iterable[Slot]:
@@ -98,6 +124,8 @@ def _fuses(instruction: Instruction) -> bool:
         return True
     if isinstance(instruction, Move):
         return not any(step.nbytes for step in instruction.resharding.steps)
+    if isinstance(instruction, Loop | Branch):
+        return False
     return fusible(instruction.equation.primitive.name)
 
 

@@ -1,6 +1,7 @@
 """Runs a local program on every device: ``jit(shard_map(...))`` with every collective written out."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from autopar.cluster import Mesh
 from autopar.errors import MeshError
 from autopar.ir.program import Constant
+from autopar.ir.regions import ScanParts
 from autopar.lowering.local import run_local
-from autopar.lowering.local_program import Barrier, LocalProgram, Move, Operand, Run, Slot
+from autopar.lowering.local_program import Barrier, Branch, LocalProgram, Loop, Move, Run, Slot
 from autopar.lowering.reshard import execute
 from autopar.spec import Spec
 
@@ -56,9 +58,6 @@ def run_instructions(local: LocalProgram, arguments: Sequence[Any]) -> list[Any]
     sizes = local.mesh.sizes
     env: dict[Slot, Any] = dict(zip(local.inputs, arguments, strict=True))
 
-    def read(operand: Operand) -> Any:
-        return operand.value if isinstance(operand, Constant) else env[operand]
-
     for instruction in local.instructions:
         if isinstance(instruction, Move):
             block = env[instruction.source]
@@ -69,7 +68,8 @@ def run_instructions(local: LocalProgram, arguments: Sequence[Any]) -> list[Any]
             blocks = lax.optimization_barrier(tuple(env[slot] for slot in instruction.inputs))
             env.update(zip(instruction.outputs, blocks, strict=True))
         else:
-            env.update(zip(instruction.outputs, _run(instruction, read, local.mesh), strict=True))
+            operands = [_array(x) if isinstance(x, Constant) else env[x] for x in instruction.inputs]
+            env.update(zip(instruction.outputs, _results(instruction, operands, local.mesh), strict=True))
     return [_array(operand) if isinstance(operand, Constant) else env[operand] for operand in local.outputs]
 
 
@@ -77,13 +77,33 @@ def _array(constant: Constant) -> Any:
     return jax.numpy.asarray(constant.value, constant.aval.dtype)
 
 
-def _run(run: Run, read: Callable[[Operand], Any], mesh: Mesh) -> list[Any]:
-    eqn = run.equation
-    operands = [
-        _array(operand) if isinstance(operand, Constant) else read(operand) for operand in run.inputs
-    ]
+def _results(instruction: Run | Loop | Branch, operands: list[Any], mesh: Mesh) -> list[Any]:
+    eqn = instruction.equation
     with jax.named_scope(eqn.name.replace(":", ".")):
-        return run_local(eqn.primitive, eqn.params, run.rule, run.strategy, mesh.sizes, operands)
+        if isinstance(instruction, Loop):
+            return _loop(instruction, operands)
+        if isinstance(instruction, Branch):
+            bodies = [functools.partial(_flat_body, body) for body in instruction.bodies]
+            return lax.switch(operands[0], bodies, *operands[1:])
+        return run_local(eqn.primitive, eqn.params, instruction.rule, instruction.strategy, mesh.sizes, operands)
+
+
+def _flat_body(body: LocalProgram, *operands: Any) -> list[Any]:
+    return run_instructions(body, operands)
+
+
+def _loop(loop: Loop, operands: list[Any]) -> list[Any]:
+    params, parts = loop.equation.params, ScanParts.of(loop.equation)
+    constants = operands[: parts.n_consts]
+    init, xs = operands[parts.n_consts : parts.first_x], operands[parts.first_x :]
+
+    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = run_instructions(loop.body, [*constants, *carry, *x])
+        return results[: parts.n_carry], results[parts.n_carry :]
+
+    options = {"reverse": params["reverse"], "unroll": params["unroll"]}
+    carry, ys = lax.scan(body, init, xs, length=loop.length, **options)
+    return [*carry, *ys]
 
 
 def lower(local: LocalProgram, mesh: jax.sharding.Mesh, donate: Sequence[int] = ()) -> Any:

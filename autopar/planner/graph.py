@@ -17,10 +17,11 @@ from dataclasses import dataclass, field, replace
 
 from autopar.cost import fusible
 from autopar.ir.program import Equation, Program, Value
+from autopar.ir.regions import FlatProgram, flatten_regions
 from autopar.sharding.factors import ShardingRule, letters
 from autopar.sharding.lookup import RuleBook
 
-HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while", "cond"})
+HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "while"})
 SIBLING_GAP = 4
 """Contractions that may stand between two uses that share a view (a backward pass alternates weight and input gradients)."""
 
@@ -81,6 +82,8 @@ class Graph:
         producer: position of the equation that makes a value (absent for inputs).
         free: whether an equation is free, by position.
         unruled: the equations whose primitive has no rule.
+        times: how often each equation runs in a step.
+        ties: pairs of units that must share a layout (the two ends of a loop's carry).
     """
 
     program: Program
@@ -94,6 +97,8 @@ class Graph:
     producer: dict[Value, int]
     free: tuple[bool, ...]
     unruled: tuple[Equation, ...]
+    times: tuple[int, ...]
+    ties: tuple[tuple[Unit, Unit], ...]
 
     def unit(self, value: Value) -> Unit | None:
         """The unit that makes a value; None if it is free."""
@@ -113,20 +118,21 @@ class Graph:
 
 
 def build_graph(program: Program, state: tuple[tuple[int, int], ...]) -> Graph:
-    """Finds rules, free equations, clusters, groups and views of a program.
+    """Lays regions flat and finds rules, free equations, clusters, groups and views.
 
     Args:
-        program: a flat program.
+        program: a program.
         state: pairs (argument, result) that must share a layout.
     """
-    return _Builder(program).build(state)
+    return _Builder(flatten_regions(program)).build(state)
 
 
 class _Builder:
     """The steps of ``build_graph``, which share the tables below."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, flat: FlatProgram) -> None:
+        self.flat, self.program = flat, flat.program
+        program = flat.program
         self.eqns = program.equations
         self.rules, self.unruled = _rules(program)
         self.producer = {value: i for i, eqn in enumerate(self.eqns) for value in eqn.outputs}
@@ -169,6 +175,8 @@ class _Builder:
             producer=self.producer,
             free=self.free,
             unruled=self.unruled,
+            times=self.flat.times,
+            ties=tuple((_unit(unit_of, a), _unit(unit_of, b)) for a, b in self.flat.ties),
         )
 
     def _outputs(
@@ -322,6 +330,12 @@ class _Builder:
 
     def _elementwise_only(self, group: Group) -> bool:
         return all(fusible(self.eqns[use.position].primitive.name) for use in group.uses)
+
+
+def _unit(unit_of: list[Unit | None], position: int) -> Unit:
+    unit = unit_of[position]
+    assert unit is not None
+    return unit
 
 
 def _rules(program: Program) -> tuple[tuple[ShardingRule, ...], tuple[Equation, ...]]:

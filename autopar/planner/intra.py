@@ -7,7 +7,7 @@ import numpy as np
 
 from autopar.cost import CostModel
 from autopar.ir.program import Value
-from autopar.planner.graph import Graph, Unit
+from autopar.planner.graph import Graph, Unit, Use
 from autopar.planner.pricing import Pricing, Residence, residences
 from autopar.planner.space import Port, Space
 from autopar.sharding.reshard import reshard_matrix
@@ -16,13 +16,14 @@ from autopar.solver import Problem, Usage
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """A value on its way between two units: what the edge of the solver's problem stands for."""
+    """A value on its way between two units, ``times`` a step: what an edge of the solver's problem stands for."""
 
     source: Unit
     target: Unit
     source_port: Port
     target_port: Port
     value: Value
+    times: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ def links_of(graph: Graph, space: Space) -> list[Link]:
             source, port = unit, made
             if group.anchor is not None:
                 source, port = group.anchor, space.specs(value.shape)
-                found.append(Link(unit, source, made, port, value))
+                found.append(Link(unit, source, made, port, value, _times(graph, group.uses[0])))
             seen: set[tuple[int, int]] = set()
             for use in group.uses:
                 reader = graph.reader(use)
@@ -72,8 +73,12 @@ def links_of(graph: Graph, space: Space) -> list[Link]:
                     continue
                 seen.add(key)
                 if not (reader is source and wanted is port):
-                    found.append(Link(source, reader, port, wanted, value))
+                    found.append(Link(source, reader, port, wanted, value, _times(graph, use)))
     return found
+
+
+def _times(graph: Graph, use: Use) -> int:
+    return graph.times[use.position] if use.position < len(graph.times) else 1
 
 
 class Formulator:
@@ -90,14 +95,23 @@ class Formulator:
         """Seconds of resharding, (choices of source, choices of target)."""
         value = link.value
         monoid = self.graph.monoid(value)
-        key = (id(link.source_port), id(link.target_port), value.shape, value.itemsize, monoid)
+        key = (id(link.source_port), id(link.target_port), value.shape, value.itemsize, monoid, link.times)
         found = self._matrices.get(key)
         if found is None:
             rows, row_of = _unique(link.source_port)
             columns, column_of = _unique(link.target_port)
             small = reshard_matrix(rows, columns, value.shape, value.itemsize, self.cost, monoid)
-            found = self._matrices[key] = np.ascontiguousarray(small[np.ix_(row_of, column_of)])
+            found = self._matrices[key] = np.ascontiguousarray(small[np.ix_(row_of, column_of)]) * link.times
         return found
+
+    def tie(self, a: Unit, b: Unit) -> np.ndarray:
+        """Zero where two units choose the same layout, infinite elsewhere."""
+        ports = [self.space.output(unit, self.graph.program.equations[unit.position].outputs[0]) for unit in (a, b)]
+        key = ("tie", *map(id, ports))
+        if key not in self._matrices:
+            same = np.array([[one == other for other in ports[1]] for one in ports[0]])
+            self._matrices[key] = np.where(same, 0.0, np.inf)
+        return self._matrices[key]
 
     def formulate(
         self, limit_bytes: float | None = None, allowed: Mapping[Unit, np.ndarray] | None = None
@@ -114,6 +128,7 @@ class Formulator:
                 own.setdefault(index[link.source], []).append(matrix)
             else:
                 edges.append((index[link.source], index[link.target], matrix))
+        edges += [(index[a], index[b], self.tie(a, b)) for a, b in self.graph.ties]
         for i, matrices in own.items():
             key = (id(costs[i]), *map(id, matrices))
             if key not in self._sums:

@@ -61,11 +61,11 @@ class Pricing:
         return not fusible(name) and not name.startswith("reduce_")
 
     def vector(self, unit: Unit) -> np.ndarray:
-        """Seconds of each choice; units of one class share the array."""
-        if unit.kind == "cluster":
-            return self._cluster(unit)
-        if unit.kind == "equation":
-            return self._equation(unit)
+        """Seconds of each choice in one step; units of one class share the array."""
+        if unit.kind in ("cluster", "equation"):
+            once = self._cluster(unit) if unit.kind == "cluster" else self._equation(unit)
+            times = self.graph.times[unit.position]
+            return once if times == 1 else self._vectors.setdefault(("times", times, id(once)), once * times)
         n = self.space.size(unit)
         return self._vectors.setdefault(("zero", n), np.zeros(n))
 

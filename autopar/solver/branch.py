@@ -1,4 +1,4 @@
-"""Solve a problem as an integer program: reduce, relax, then branch, memory rows joining as they are violated."""
+"""Solve a problem as an integer program: reduce, relax, branch; memory rows join as they are violated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from autopar.solver.tables import Tables
 
 # A share this close to 0 or 1 is whole.
 WHOLE = 1e-6
-# HiGHS lets a row be violated by 1e-6 of its scale; a choice that makes use of it meets this tighter limit instead.
+# HiGHS lets a row be violated by 1e-6 of its scale; a choice that makes use of it meets this tighter limit
+# instead.
 TIGHTER = 4e-9
 ROUNDS = 60
 
@@ -63,7 +64,7 @@ def integer_program(
         cutoff: stop when the bound reaches this cost.
     """
     try:
-        reduced, lift = simplify(problem, tables, poll)
+        reduced, lift = simplify(problem, tables)
     except NoChoiceError:
         return Outcome(None, math.inf)
     rows = rows_of(reduced) if reduced.limit is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,10 +27,10 @@ class Undo:
 class Draft:
     """The mutable state that reductions work on; ``Problem`` in, ``Problem`` and lift out.
 
-    ``near[u][v]`` is the id of the matrix with ``u``'s strategies as rows; ``live[u]`` maps an interval to the id of the
-    bytes live in it. ``base`` collects usage that no choice changes
-    and ``constant`` such cost; both end on one last node with a single strategy. ``changed`` holds the nodes that the
-    next round has to look at again.
+    ``near[u][v]`` is the id of the matrix with ``u``'s strategies as rows; ``live[u]`` maps an interval to
+    the id of the bytes live in it. ``base`` collects usage that no choice changes
+    and ``constant`` such cost; both end on one last node with a single strategy. ``changed`` holds the nodes
+    that the next round has to look at again.
     """
 
     tables: Tables
@@ -92,10 +93,10 @@ class Draft:
         """Keep only the strategies listed by an index table."""
         tables = self.tables
         self.log.append(Undo(node, (node,), tables[kept]))
-        self.costs[node] = take(tables, self.costs[node], kept)
-        self.live[node] = {interval: take(tables, table, kept) for interval, table in self.live[node].items()}
+        self.costs[node] = tables.take(self.costs[node], kept)
+        self.live[node] = {interval: tables.take(table, kept) for interval, table in self.live[node].items()}
         for other, table in list(self.near[node].items()):
-            table = take(tables, table, kept)
+            table = tables.take(table, kept)
             self.near[node][other] = table
             self.near[other][node] = tables.transpose(table)
             self.changed.add(other)
@@ -113,7 +114,7 @@ class Draft:
         self.changed.discard(node)
 
     def finish(self) -> tuple[Problem, Lift]:
-        """The reduced problem with nodes in their old order, and the map from its strategies to the old ones."""
+        """The reduced problem, nodes in their old order, and the map from its strategies to the old ones."""
         tables = self.tables
         kept = [node for node, alive in enumerate(self.alive) if alive]
         number = {node: index for index, node in enumerate(kept)}
@@ -140,11 +141,6 @@ class Draft:
         return Problem(tuple(nodes), tuple(edges), tuple(usages), self.limit), lift
 
 
-def take(tables: Tables, table: int, kept: int) -> int:
-    """The rows of a table listed by an index table."""
-    return tables.memo(("take", table, kept), lambda: tables.intern(tables[table][tables[kept]]))
-
-
 def flatten(spans: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
     """Overlapping ``(lo, hi, bytes)`` spans as disjoint ones with the sums."""
     change: dict[int, float] = {}
@@ -153,7 +149,7 @@ def flatten(spans: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]
         change[hi] = change.get(hi, 0.0) - size
     times = sorted(change)
     level, out = 0.0, []
-    for lo, hi in zip(times, times[1:], strict=False):
+    for lo, hi in itertools.pairwise(times):
         level += change[lo]
         if level > 0.0 and change[lo] == 0.0 and out and out[-1][1] == lo:
             out[-1] = (out[-1][0], hi, level)

@@ -1,14 +1,14 @@
 """Exact elimination: min-sum dynamic programming over any graph of small width.
 
-Eliminating a node replaces every table that mentions it by one table over its neighbours, the minimum over its
-strategies (Bertele and Brioschi, *Nonserial Dynamic Programming*, 1972; Dechter, *Bucket elimination*, 1999). Cost is
-exponential in the width of the order only, so a train step, thin and long, is solved exactly in time linear in depth.
+Eliminating a node replaces every table that mentions it by one table over its neighbours, the minimum over
+its strategies (Bertele and Brioschi, *Nonserial Dynamic Programming*, 1972; Dechter, *Bucket elimination*,
+1999). Cost is exponential in the width of the order only, so a train step, thin and long, is solved exactly
+in time linear in depth.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,59 +97,66 @@ class Step:
     best: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class _Front:
+    """What is left during elimination: node costs, and the factors (scope, table id) by node."""
+
+    costs: list[int]
+    scopes: list[tuple[int, ...]]
+    factors: list[int]
+    mentions: list[dict[int, None]]
+
+    def take_out(self, node: int, scope: tuple[int, ...]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Remove a node and its factors: ``(table id, axes within the scope)`` of each, sorted."""
+        place = {name: axis for axis, name in enumerate(scope)}
+        parts: list[tuple[int, tuple[int, ...]]] = [(self.costs[node], (place[node],))]
+        for index in self.mentions[node]:
+            parts.append((self.factors[index], tuple([place[name] for name in self.scopes[index]])))
+            for name in self.scopes[index]:
+                if name != node:
+                    del self.mentions[name][index]
+        parts.sort()
+        return tuple(parts)
+
+    def put_back(self, scope: tuple[int, ...], table: int) -> None:
+        """Add a factor over two or more nodes."""
+        for name in scope:
+            self.mentions[name][len(self.scopes)] = None
+        self.scopes.append(scope)
+        self.factors.append(table)
+
+
 def eliminate(
-    tables: Tables,
-    nodes: list[int],
-    edges: list[tuple[int, int, int]],
-    order: Order,
-    poll: Callable[[], None] = lambda: None,
+    tables: Tables, nodes: list[int], edges: list[tuple[int, int, int]], order: Order
 ) -> tuple[float, list[Step]]:
     """Eliminate every node of a complete order.
 
     Args:
-        tables: the store.
+        tables: the store; its ``poll`` may raise to stop.
         nodes: table id of each node's costs.
         edges: ``(u, v, table id)`` with ``u < v``.
         order: a complete order of this graph.
-        poll: called before each table that is really computed; it may raise to stop.
 
     Returns:
         The minimum (``inf`` when everything is forbidden), and the steps that decode it.
     """
-    costs = list(nodes)
-    scopes: list[tuple[int, ...]] = [(u, v) for u, v, _ in edges]
-    factors: list[int] = [table for _, _, table in edges]
-    mentions: list[dict[int, None]] = [{} for _ in nodes]
-    for index, scope in enumerate(scopes):
-        for node in scope:
-            mentions[node][index] = None
+    front = _Front(list(nodes), [], [], [{} for _ in nodes])
+    for u, v, table in edges:
+        front.put_back((u, v), table)
     total = 0.0
     steps: list[Step] = []
     for node, neighbours in order.steps:
         scope = _insert(neighbours, node)
-        place = {name: axis for axis, name in enumerate(scope)}
-        key = [(costs[node], (place[node],))]
-        for index in mentions[node]:
-            key.append((factors[index], tuple([place[name] for name in scopes[index]])))
-            for name in scopes[index]:
-                if name != node:
-                    del mentions[name][index]
-        key.sort()
-        parts = tuple(key)
-        result, least, best = tables.memo(
-            ("eliminate", place[node], parts), lambda: _eliminate_one(tables, parts, place[node], poll)
-        )
+        parts = front.take_out(node, scope)
+        result, least, best = tables.memo(_eliminate_one, scope.index(node), parts)
         total += least
         if total == np.inf:
             return total, []
         steps.append(Step(node, neighbours, best))
         if len(neighbours) == 1:
-            costs[neighbours[0]] = tables.add(costs[neighbours[0]], result)
+            front.costs[neighbours[0]] = tables.add(front.costs[neighbours[0]], result)
         elif neighbours:
-            for name in neighbours:
-                mentions[name][len(scopes)] = None
-            scopes.append(neighbours)
-            factors.append(result)
+            front.put_back(neighbours, result)
     return total, steps
 
 
@@ -169,10 +176,9 @@ def _insert(neighbours: tuple[int, ...], node: int) -> tuple[int, ...]:
 
 
 def _eliminate_one(
-    tables: Tables, parts: tuple[tuple[int, tuple[int, ...]], ...], axis: int, poll: Callable[[], None]
+    tables: Tables, axis: int, parts: tuple[tuple[int, tuple[int, ...]], ...]
 ) -> tuple[int, float, np.ndarray]:
     """Join tables over their named axes and minimise one axis away: ``(result id, least, argmin)``."""
-    poll()
     ndim = 1 + max(max(axes) for _, axes in parts)
     arrays = []
     for table, axes in parts:

@@ -1,4 +1,4 @@
-"""Instances of the contest on intra-operator parallelism (github.com/google/iopddl, ASPLOS / EuroSys 2025)."""
+"""Instances of the contest on intra-operator parallelism (github.com/google/iopddl, ASPLOS 2025)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_iopddl(path: str | Path) -> Problem:
 
 
 def exact_score(path: str | Path, strategies: Sequence[int]) -> tuple[int, int, bool]:
-    """``(cost, peak usage, feasible)`` in Python integers: sums of the contest's int64 values exceed int64."""
+    """``(cost, peak usage, feasible)`` in Python integers: sums of the int64 values exceed int64."""
     data = _load(path)
     cost = sum(costs[s] for costs, s in zip(data["nodes"]["costs"], strategies, strict=True))
     for (u, v), flat in zip(data["edges"]["nodes"], data["edges"]["costs"], strict=True):
@@ -61,13 +61,17 @@ def _load(path: str | Path) -> dict[str, Any]:
     raw = Path(path).read_bytes()
     if raw[:2] == b"\x1f\x8b":
         raw = gzip.decompress(raw)
+    fix = "pass a .json or .json.gz file of that contest's format"
     try:
         problem = json.loads(raw)["problem"]
-        problem["nodes"]["costs"], problem["nodes"]["intervals"], problem["nodes"]["usages"]
-        problem["edges"]["nodes"], problem["edges"]["costs"]
+        nodes = [len(problem["nodes"][name]) for name in ("costs", "intervals", "usages")]
+        edges = [len(problem["edges"][name]) for name in ("nodes", "costs")]
     except (ValueError, KeyError, TypeError) as error:
-        what = f"{path} is not an IOPDDL instance ({error!r})"
-        raise ProblemError(what, fix="pass a .json or .json.gz file of that contest's format") from error
+        raise ProblemError(f"{path} is not an IOPDDL instance ({error!r})", fix=fix) from error
+    if len(set(nodes)) > 1 or len(set(edges)) > 1:
+        raise ProblemError(
+            f"{path} is not an IOPDDL instance (lists of {nodes} nodes, {edges} edges)", fix=fix
+        )
     return problem
 
 

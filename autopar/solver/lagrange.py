@@ -1,8 +1,9 @@
 """Prices on memory rows: each gives a valid lower bound, and choices from which a feasible one is built.
 
-The dual is maximised by cutting planes (Kelley 1960, Dantzig and Wolfe 1960) on the few rows that bind: the master is
-the linear program that mixes the choices seen so far, its duals are the next prices, and a row joins when the mixture
-violates it. Steps are damped towards the best prices known (in-out, Ben-Ameur and Neto 2007).
+The dual is maximised by cutting planes (Kelley 1960, Dantzig and Wolfe 1960) on the few rows that bind: the
+master is the linear program that mixes the choices seen so far, its duals are the next prices, and a row
+joins when the mixture violates it. Steps are damped towards the best prices known (in-out, Ben-Ameur and
+Neto 2007).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ PENALTY_GROWTH = 8.0
 MOST_ITERATIONS = 200
 # The master mixes this many of the latest choices; older ones go unless they are part of the mixture.
 MOST_COLUMNS = 60
-FIRST_RATE, LAST_RATE, LEAST_PRICE = 0.6, 0.005, 1e-9
-RATE_DECAY, SLOW_DECAY, LEAST_EXCESS = 0.85, 0.995, 0.02
+FIRST_RATE, LAST_RATE, LEAST_PRICE = 1.5, 0.005, 1e-9
+RATE_DECAY, SLOW_DECAY, LEAST_EXCESS = 0.8, 0.995, 0.02
 STALL_STEPS, STALL_GAIN = 30, 1e-4
 
 
@@ -104,7 +105,8 @@ def maximise(
     Args:
         priced: the relaxed solver.
         on_step: told of each new column; True stops.
-        ceiling: an upper bound on the cost of every feasible choice: a dual bound above proves that there is none.
+        ceiling: an upper bound on the cost of every feasible choice: a dual bound above proves that there is
+            none.
         penalty: price of each byte over the limit; by default it grows until nothing is over.
         iterations: most relaxed problems to solve.
     """
@@ -145,8 +147,8 @@ def maximise(
 def maximise_by_weights(priced: Priced, *, on_step: Callable[[Dual, Column], bool], iterations: int) -> Dual:
     """Raise the dual by multiplicative weights, for relaxed solvers that only bound.
 
-    A row's price grows with its overload and shrinks with its slack, by factors that approach one (Arora, Hazan and
-    Kale 2012); each step needs one warm sweep.
+    A row's price grows with its overload and shrinks with its slack, by factors that approach one (Arora,
+    Hazan and Kale 2012); each step needs one warm sweep.
 
     Args:
         priced: the relaxed solver.
@@ -215,7 +217,8 @@ def _mix(dual: Dual, rows: Rows, penalty: float) -> tuple[float, np.ndarray, flo
 def _master(dual: Dual, limit: float, penalty: float) -> tuple[float, np.ndarray, list[float], float]:
     """``min sum w_k cost_k + penalty * over`` with ``sum w_k usage_k <= limit + over``, ``sum w_k = 1``.
 
-    Costs are scaled to the spread of the columns and usage to the limit: the solver's tolerances are absolute.
+    Costs are scaled to the spread of the columns and usage to the limit: the solver's tolerances are
+    absolute.
     """
     base = min(column.cost for column in dual.columns)
     limit_scale = max(limit, float(dual.columns[0].usage.max()), 1e-300)

@@ -1,8 +1,8 @@
-"""Message passing where exact tables would be too wide: a bound, a choice, and what cannot be part of a better one.
+"""Message passing where exact tables would be too wide: a bound, a choice, and what to drop.
 
-Sequential tree-reweighted message passing (TRW-S, Kolmogorov 2006): every sweep moves cost between edges and nodes
-without changing any choice's total, such that the sum of all minima, a lower bound, never falls. What a strategy or a
-pair costs above these minima is a lower bound on what choosing it adds.
+Sequential tree-reweighted message passing (TRW-S, Kolmogorov 2006): every sweep moves cost between edges and
+nodes without changing any choice's total, such that the sum of all minima, a lower bound, never falls. What
+a strategy or a pair costs above these minima is a lower bound on what choosing it adds.
 """
 
 from __future__ import annotations

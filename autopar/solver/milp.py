@@ -1,7 +1,8 @@
-"""The integer program on the local polytope, by HiGHS through OR-Tools' MathOpt, with memory rows added lazily.
+"""The integer program on the local polytope, by HiGHS through OR-Tools' MathOpt.
 
-Node variables are binary, edge variables continuous, tied by both marginals (Schlesinger 1976; Wainwright and Jordan
-2008, section 4). Its linear relaxation is usually integral on sharding problems; of thousands of rows a few ever bind.
+Node variables are binary, edge variables continuous, tied by both marginals (Schlesinger 1976; Wainwright
+and Jordan 2008, section 4). Its linear relaxation is usually integral on sharding problems; of thousands of
+rows a few ever bind.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ class Stopped(Exception):
 class Search:
     """One solve: its clock, its incumbent and its bound (in the caller's costs), its store of tables.
 
-    ``wide_entries`` bounds the tables of exact elimination; what would need larger ones is solved by other means.
+    ``wide_entries`` bounds the tables of exact elimination; what would need larger ones is solved by other
+    means.
     """
 
     def __init__(self, problem: Problem, seconds: float, target_gap: float) -> None:
@@ -35,7 +36,7 @@ class Search:
         self.should_stop: Callable[[], bool] | None = None
         self.start = time.perf_counter()
         self.end = self.start + seconds
-        self.tables = Tables()
+        self.tables = Tables(self.poll)
         self.strategies: tuple[int, ...] | None = None
         self.objective, self.bound = math.inf, -math.inf
         self.stage = "reading"
@@ -75,7 +76,7 @@ class Search:
             self.report()
 
     def raise_bound(self, bound: float) -> None:
-        """A lower bound in the caller's costs; it never passes the incumbent, whose replay rounds differently."""
+        """A lower bound in the caller's costs; never above the incumbent, whose replay rounds differently."""
         self.bound = min(max(self.bound, bound), self.objective)
 
     def done(self) -> bool:

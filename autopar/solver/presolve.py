@@ -1,7 +1,8 @@
 """Exact reductions ``Problem -> (Problem, lift)``: the lifted optimum costs the same as the optimum.
 
-Each is a step over the nodes that changed since it last looked at them, and all are done on ids of hash-consed tables,
-so a repeated layer is reduced by look-ups. ``simplify`` runs the list until nothing changes.
+Each is a step over the nodes that changed since it last looked at them, and all are done on ids of
+hash-consed tables, so a repeated layer is reduced by look-ups. ``simplify`` runs the list until nothing
+changes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from autopar.solver.draft import Draft, Lift, Undo, take
+from autopar.solver.draft import Draft, Lift
 from autopar.solver.eliminate import minimum_of_sum
 from autopar.solver.problem import NoChoiceError, Problem
 from autopar.solver.tables import Tables
@@ -22,9 +23,7 @@ MOST_STRATEGIES_MERGED = 512
 ROUNDS = 12
 
 
-def simplify(
-    problem: Problem, tables: Tables, poll: Callable[[], None] = lambda: None
-) -> tuple[Problem, Lift]:
+def simplify(problem: Problem, tables: Tables) -> tuple[Problem, Lift]:
     """Run every reduction until none changes anything (or a fixed number of rounds).
 
     Raises:
@@ -37,7 +36,6 @@ def simplify(
             break
         draft.changed = set()
         for reduction in REDUCTIONS:
-            poll()
             # What one reduction changes, the next ones see in the same round.
             reduction(draft, [node for node in sorted(draft.changed.union(todo)) if draft.alive[node]])
     return draft.finish()
@@ -56,8 +54,8 @@ def forbid_dead(draft: Draft, nodes: list[int]) -> None:
     while queue:
         node = queue.pop()
         waiting.discard(node)
-        key = ("possible", draft.costs[node], frozenset(draft.near[node].values()))
-        kept = draft.tables.memo(key, lambda: _possible(draft.tables, key[1], key[2]))
+        matrices = frozenset(draft.near[node].values())
+        kept = draft.tables.memo(_possible, draft.costs[node], matrices)
         if kept is None:
             continue
         if draft.tables[kept].size == 0:
@@ -82,7 +80,7 @@ def free_least_usage(draft: Draft, nodes: list[int]) -> None:
     tables = draft.tables
     for node in nodes:
         for (lo, hi), table in list(draft.live[node].items()):
-            rest, least = tables.memo(("least", table), lambda table=table: _least(tables, table))
+            rest, least = tables.memo(_least, table)
             if least:
                 draft.base.append((lo, hi, least))
             if rest is None:
@@ -101,9 +99,7 @@ def absorb_separable(draft: Draft, nodes: list[int]) -> None:
     """Drop an edge whose matrix is a row plus a column, both of which join the nodes' costs."""
     for node in nodes:
         for other, table in list(draft.near[node].items()):
-            parts = draft.tables.memo(
-                ("separable", table), lambda table=table: _separable(draft.tables, table)
-            )
+            parts = draft.tables.memo(_separable, table)
             if parts is not None:
                 draft.drop_edge(node, other)
                 draft.add_cost(node, parts[0])
@@ -125,34 +121,34 @@ def drop_fixed(draft: Draft, nodes: list[int]) -> None:
         if draft.size(node) == 1 and draft.alive[node]:
             for other, table in list(draft.near[node].items()):
                 draft.drop_edge(node, other)
-                draft.add_cost(other, take_row(draft.tables, table))
+                draft.add_cost(other, draft.tables.memo(_first_row, table))
             draft.base += [(*span, float(draft.tables[table][0])) for span, table in draft.live[node].items()]
             draft.constant += float(draft.tables[draft.costs[node]][0])
             draft.remove(node, (), np.array(0))
 
 
-def take_row(tables: Tables, table: int) -> int:
-    """The first row of a matrix as a vector."""
-    return tables.memo(("row", table), lambda: tables.intern(tables[table][0]))
+def _first_row(tables: Tables, table: int) -> int:
+    return tables.intern(tables[table][0])
 
 
 def merge_followers(draft: Draft, nodes: list[int]) -> None:
     """Merge a node into a neighbour whose every strategy leaves it exactly one: it follows.
 
-    Only where the leader has no more strategies than the follower, or the follower at most one other neighbour: else
-    the follower's other edges would grow. Of two that follow each other the one with more edges leads.
+    Only where the leader has no more strategies than the follower, or the follower at most one other
+    neighbour: else the follower's other edges would grow. Of two that follow each other the one with more
+        edges leads.
     """
     tables = draft.tables
     queue = list(reversed(nodes))
     while queue:
         node = queue.pop()
         for other, table in list(draft.near[node].items()):
-            followed = tables.memo(("follows", table), lambda table=table: _follows(tables, table))
+            followed = tables.memo(_follows, table)
             if followed is None or other not in draft.near[node]:
                 continue
             if draft.size(node) == draft.size(other) and _load(draft, node) < _load(draft, other):
                 table = tables.transpose(table)
-                followed = tables.memo(("follows", table), lambda table=table: _follows(tables, table))
+                followed = tables.memo(_follows, table)
                 if followed is not None:
                     _merge(draft, other, node, followed)
                     queue.append(other)
@@ -177,10 +173,10 @@ def _follows(tables: Tables, table: int) -> tuple[int, int] | None:
 def _merge(draft: Draft, leader: int, follower: int, followed: tuple[int, int]) -> None:
     tables, (at, cost) = draft.tables, followed
     edges = [
-        (other, take(tables, table, at)) for other, table in draft.near[follower].items() if other != leader
+        (other, tables.take(table, at)) for other, table in draft.near[follower].items() if other != leader
     ]
-    live = [(interval, take(tables, table, at)) for interval, table in draft.live[follower].items()]
-    mine = tables.add(take(tables, draft.costs[follower], at), cost)
+    live = [(interval, tables.take(table, at)) for interval, table in draft.live[follower].items()]
+    mine = tables.add(tables.take(draft.costs[follower], at), cost)
     draft.remove(follower, (leader,), tables[at])
     draft.add_cost(leader, mine)
     for other, table in edges:
@@ -190,12 +186,15 @@ def _merge(draft: Draft, leader: int, follower: int, followed: tuple[int, int]) 
 
 
 def drop_dominated(draft: Draft, nodes: list[int]) -> None:
-    """Drop a strategy if another is never dearer, whatever the neighbours do, and never larger (after ``forbid_dead``)."""
+    """Drop a strategy if another is never dearer, whatever the neighbours do, and never larger.
+
+    To be run after ``forbid_dead``: strategies without a partner cannot be compared.
+    """
     for node in nodes:
         usage = tuple(sorted(set(draft.live[node].values())))
-        key = ("undominated", draft.costs[node], tuple(sorted(draft.near[node].values())), usage)
+        matrices = tuple(sorted(draft.near[node].values()))
         if 1 < draft.size(node) <= DOMINANCE_STRATEGIES:
-            kept = draft.tables.memo(key, lambda key=key: _undominated(draft.tables, *key[1:]))
+            kept = draft.tables.memo(_undominated, draft.costs[node], matrices, usage)
             if kept is not None:
                 draft.keep(node, kept)
 
@@ -206,7 +205,7 @@ def _undominated(tables: Tables, costs: int, matrices: tuple[int, ...], usage: t
     for matrix in matrices:
         if not (better >= 0).any(where=~np.eye(len(array), dtype=bool)):
             return None
-        gain = tables.memo(("gain", matrix), lambda matrix=matrix: tables.intern(_gain(tables[matrix])))
+        gain = tables.memo(_gain, matrix)
         better = better + tables[gain]
     at_least = better >= 0
     for table in usage:
@@ -217,8 +216,9 @@ def _undominated(tables: Tables, costs: int, matrices: tuple[int, ...], usage: t
     return tables.intern(np.flatnonzero(~dominated)) if dominated.any() else None
 
 
-def _gain(matrix: np.ndarray) -> np.ndarray:
+def _gain(tables: Tables, table: int) -> int:
     """``gain[a, b] = min over columns of matrix[a] - matrix[b]``; columns forbidden to ``a`` do not count."""
+    matrix = tables[table]
     gain = np.full((len(matrix), len(matrix)), np.inf)
     for column in matrix.T:
         # inf - inf is "forbidden to a": it must not count, so it is inf as well.
@@ -227,7 +227,7 @@ def _gain(matrix: np.ndarray) -> np.ndarray:
         step = finite[:, None] - np.where(forbidden, np.inf, finite)[None, :]
         step[forbidden] = np.inf
         np.minimum(gain, step, out=gain)
-    return gain
+    return tables.intern(gain)
 
 
 def eliminate_free(draft: Draft, nodes: list[int]) -> None:
@@ -240,10 +240,7 @@ def eliminate_free(draft: Draft, nodes: list[int]) -> None:
         if len(near) > 2 or draft.live[node] or not draft.alive[node]:
             continue
         parts = tuple(draft.near[node][other] for other in near)
-        key = ("free", draft.costs[node], parts)
-        result, best, least = draft.tables.memo(
-            key, lambda key=key: _eliminate_free(draft.tables, key[1], key[2])
-        )
+        result, best, least = draft.tables.memo(_eliminate_free, draft.costs[node], parts)
         draft.remove(node, near, best)
         draft.constant += least
         if len(near) == 1:
@@ -269,7 +266,7 @@ def _eliminate_free(tables: Tables, costs: int, parts: tuple[int, ...]) -> tuple
 
 
 def restrict(problem: Problem, tables: Tables, kept: list[np.ndarray]) -> tuple[Problem, Lift]:
-    """Keep only the strategies listed for each node (not exact in itself: the caller knows why they suffice)."""
+    """Keep only the strategies listed for each node; that they suffice is for the caller to know."""
     draft = Draft.of(problem, tables)
     for node, strategies in enumerate(kept):
         if len(strategies) < draft.size(node):
@@ -288,4 +285,3 @@ REDUCTIONS: tuple[Reduction, ...] = (
     drop_dominated,
     eliminate_free,
 )
-__all__ = ["REDUCTIONS", "Undo", "reduce_once", "restrict", "simplify"]

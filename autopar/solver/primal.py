@@ -1,9 +1,9 @@
 """Feasible choices from prices: dearer prices on one part of the graph, cheaper ones on the rest.
 
-At the best prices all copies of a layer change their mind at once, from a choice that is too large to one that is
-smaller than it need be. Between the two lie the choices whose first layers are of one kind and whose others are of the
-other; which of them fits is found by bisection over a layout of the graph on a line. Both kinds of layer were solved
-already, so with hash-consed tables a step of the bisection is mostly look-ups.
+At the best prices all copies of a layer change their mind at once, from a choice that is too large to one
+that is smaller than it need be. Between the two lie the choices whose first layers are of one kind and whose
+others are of the other; which of them fits is found by bisection over a layout of the graph on a line. Both
+kinds of layer were solved already, so with hash-consed tables a step of the bisection is mostly look-ups.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from autopar.solver.milp import ROUNDING
 from autopar.solver.problem import Problem
 
 SCALES = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 4.0, 16.0, 256.0)
-# A node with more neighbours than this joins layers that are far apart (a gradient norm); distance ignores it.
+# A node with more neighbours than this joins layers that are far apart (a gradient norm); distance ignores
+# it.
 HUB_NEIGHBOURS = 24
 
 
@@ -83,10 +84,7 @@ def feasible_by_prices(
         if not fits:
             low = high
             continue
-        for flip in (False, True):
-            if _bisect(attempt, layout, (low, high), flip):
-                return True
-        return False
+        return any(_bisect(attempt, layout, (low, high), flip) for flip in (False, True))
     return False
 
 

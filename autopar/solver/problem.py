@@ -1,7 +1,8 @@
-"""The solver's problem: a graph whose nodes each pick one strategy, under a limit on what is live at any time.
+"""The solver's problem: a graph whose nodes each pick one strategy, with a limit on what is live.
 
-The format is that of Google's contest on intra-operator parallelism (IOPDDL, ASPLOS / EuroSys 2025): node costs, a cost
-matrix on each edge, and for each node the bytes its strategy keeps live during half-open intervals of time.
+The format is that of Google's contest on intra-operator parallelism (IOPDDL, ASPLOS / EuroSys 2025): node
+costs, a cost matrix on each edge, and for each node the bytes its strategy keeps live during half-open
+intervals of time.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ class Usage:
 class Problem:
     """Nodes pick strategies; minimise node plus edge costs while every time's usage stays within the limit.
 
-    Pass *the same array object* wherever structure repeats (every layer's copy of a matrix): the solver shares all its
-    work among equal tables, and recognises the same object without looking at its content.
+    Pass *the same array object* wherever structure repeats (every layer's copy of a matrix): the solver
+    shares all its work among equal tables, and recognises the same object without looking at its content.
 
     Args:
         nodes: cost of each strategy, one float64 array of shape ``(k_i,)`` per node; ``math.inf`` forbids.
-        edges: ``(u, v, matrix)`` with ``u != v`` and a float64 matrix of shape ``(k_u, k_v)``; parallel edges add.
+        edges: ``(u, v, matrix)`` with ``u != v`` and a float64 matrix of shape ``(k_u, k_v)``; parallel
+            edges add.
         usages: what is live when; a node may have several, or none.
         limit: most bytes live at any time; None for no limit.
 
@@ -170,7 +172,8 @@ class NoChoiceError(InfeasibleError):
     """No choice is feasible, or none was found.
 
     Attributes:
-        least_bytes: no choice has a lower peak than this; ``inf`` when forbidden costs alone exclude every choice.
+        least_bytes: no choice has a lower peak than this; ``inf`` when forbidden costs alone exclude every
+            choice.
         nodes: indices of the nodes that make that peak, the largest first.
     """
 

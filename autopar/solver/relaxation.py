@@ -1,12 +1,12 @@
 """The relaxed solvers: the problem without memory rows, its node costs changed by prices on usage.
 
-Both return a choice and a bound that holds for every choice at those prices. ``ExactRelaxation`` eliminates, and its
-choice attains the bound; ``SweepRelaxation`` (in ``messages``) takes over where tables would be too wide.
+Both return a choice and a bound that holds for every choice at those prices. ``ExactRelaxation`` eliminates,
+and its choice attains the bound; ``SweepRelaxation`` (in ``messages``) takes over where tables would be too
+wide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +23,7 @@ class Relaxation(Protocol):
     exact: bool
 
     def minimise(self, costs: list[int]) -> tuple[list[int], float]:
-        """``(strategies, bound)`` for node costs given by table id; the bound is ``inf`` when all is forbidden."""
+        """``(strategies, bound)`` for node costs by table id; the bound is ``inf`` when all is forbidden."""
         ...
 
 
@@ -32,13 +32,13 @@ class ExactRelaxation:
 
     exact = True
 
-    def __init__(self, problem: Problem, tables: Tables, order: Order, poll: Callable[[], None]) -> None:
-        self._tables, self._order, self._poll = tables, order, poll
+    def __init__(self, problem: Problem, tables: Tables, order: Order) -> None:
+        self._tables, self._order = tables, order
         self._edges = edges_of(problem, tables)
 
     def minimise(self, costs: list[int]) -> tuple[list[int], float]:
         """``(strategies, their cost)``: the minimum."""
-        least, steps = eliminate(self._tables, costs, self._edges, self._order, self._poll)
+        least, steps = eliminate(self._tables, costs, self._edges, self._order)
         return decode(steps, len(costs)), least
 
 
@@ -60,7 +60,7 @@ def order_of(problem: Problem, wide_entries: int) -> Order:
 
 
 class Pricing:
-    """Node costs at given prices, one table per distinct (cost, usage, price): equal layers stay equal.
+    """Node costs at given prices, one table per distinct content: equal layers stay equal.
 
     Prices are rounded to a power of two small enough not to matter, so that sums of prices over equal rows are equal
     whatever comes before them; priced costs are whole quanta, like all costs.
@@ -71,13 +71,15 @@ class Pricing:
     def __init__(self, problem: Problem, tables: Tables, rows: Rows) -> None:
         self._tables, self._rows = tables, rows
         self._costs = [tables.intern(costs) for costs in problem.nodes]
-        self._entries: list[tuple[int, int]] = []
-        order = np.argsort(rows.node, kind="stable")
-        sizes = np.diff(np.append(rows.offset, len(rows.flat)))
-        for entry in order:
-            array = rows.flat[rows.offset[entry] : rows.offset[entry] + sizes[entry]]
-            self._entries.append((int(rows.node[entry]), tables.intern(array)))
-        self._order = order
+        sizes = np.array([len(costs) for costs in problem.nodes], np.int64)
+        self._first = np.cumsum(sizes) - sizes
+        self._sizes = sizes
+        self._flat = np.concatenate(problem.nodes) if len(sizes) else np.zeros(0)
+        counts = np.diff(np.append(rows.offset, len(rows.flat)))
+        self._owner = np.repeat(np.arange(len(rows.node)), counts)
+        within = np.arange(len(rows.flat)) - rows.offset[self._owner]
+        # Which node's strategy each number of the rows' bytes belongs to.
+        self._place = self._first[rows.node[self._owner]] + within
 
     def round(self, prices: np.ndarray) -> np.ndarray:
         """Prices as multiples of one power of two."""
@@ -89,21 +91,13 @@ class Pricing:
 
     def costs(self, prices: np.ndarray, factors: np.ndarray | None = None) -> list[int]:
         """Table id of each node's cost plus priced usage, times the node's factor where factors are given."""
-        out = list(self._costs)
-        terms: dict[int, list[tuple[int, float]]] = {}
-        weights = self._rows.weights(prices)
+        rows, out = self._rows, list(self._costs)
+        weights = rows.weights(prices)
         if factors is not None:
-            weights = weights * factors[self._rows.node]
-        weights = weights[self._order].tolist()
-        for (node, table), weight in zip(self._entries, weights, strict=True):
-            if weight != 0.0:
-                terms.setdefault(node, []).append((table, weight))
-        for node, priced in terms.items():
-            key = ("priced", out[node], tuple(sorted(priced)))
-            out[node] = self._tables.memo(key, lambda key=key: self._add(key[1], key[2]))
+            weights = weights * factors[rows.node]
+        priced = weights[self._owner] * rows.flat
+        total = self._flat + np.rint(np.bincount(self._place, priced, len(self._flat)))
+        for node in np.unique(rows.node[weights != 0.0]).tolist():
+            first = self._first[node]
+            out[node] = self._tables.intern(total[first : first + self._sizes[node]])
         return out
-
-    def _add(self, costs: int, priced: tuple[tuple[int, float], ...]) -> int:
-        tables = self._tables
-        total = tables[costs] + np.rint(sum(weight * tables[table] for table, weight in priced))
-        return tables.intern(total)

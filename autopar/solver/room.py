@@ -25,16 +25,16 @@ def least_sum_exceeds(problem: Problem) -> bool:
     return bool(rows_of(problem).least().max(initial=0.0) > problem.limit * (1 + 1e-12))
 
 
-def no_room(problem: Problem, poll: Callable[[], None] = lambda: None) -> NoChoiceError:
+def no_room(problem: Problem, poll: Callable[[], None] | None = None) -> NoChoiceError:
     """The error for a problem of which no choice fits its limit.
 
-    The least peak is the value of the game between choices and prices on times that sum to one: exact up to the
-    mixing of choices, else a lower bound. Where that game is too wide, each node's least usage is added up instead.
+    The least peak is the value of the game between choices and prices on times that sum to one: exact up to
+    the mixing of choices, else a lower bound. Where that game is too wide, each node's least usage is added
+    up instead.
     """
     limit = problem.limit
-    assert limit is not None
-    least, strategies, time = _least_peak(problem, poll)
-    if strategies is None:
+    least, strategies, time = (math.inf, None, 0) if limit is None else _least_peak(problem, poll)
+    if limit is None or strategies is None:
         what = "forbidden costs exclude every choice"
         return NoChoiceError(what, math.inf, (), fix="allow more strategies")
     # The problem is known to be infeasible: what the relaxation misses is more than the limit.
@@ -50,13 +50,13 @@ def no_room(problem: Problem, poll: Callable[[], None] = lambda: None) -> NoChoi
     )
 
 
-def _least_peak(problem: Problem, poll: Callable[[], None]) -> tuple[float, Sequence[int] | None, int]:
+def _least_peak(problem: Problem, poll: Callable[[], None] | None) -> tuple[float, Sequence[int] | None, int]:
     """``(lower bound in bytes, a choice of low peak, the time of its peak)``."""
     largest = sum(float(usage.bytes.max()) for usage in problem.usages)
     scale = 2.0 ** (QUANTA_BITS - math.frexp(max(largest, 1e-300))[1])
-    tables = Tables()
+    tables = Tables(poll)
     try:
-        reduced, lift = simplify(_only_usage(problem, scale), tables, poll)
+        reduced, lift = simplify(_only_usage(problem, scale), tables)
     except NoChoiceError:
         return math.inf, None, 0
     rows, order = rows_of(reduced), order_of(reduced, WIDE_ENTRIES)
@@ -64,7 +64,7 @@ def _least_peak(problem: Problem, poll: Callable[[], None]) -> tuple[float, Sequ
         plain = rows_of(problem)
         smallest = [int(np.argmin(_total_bytes(problem, node))) for node in range(len(problem.nodes))]
         return float(plain.least().max()), smallest, int(plain.times[plain.least().argmax()])
-    relaxation = ExactRelaxation(reduced, tables, order, poll)
+    relaxation = ExactRelaxation(reduced, tables, order)
     priced = Priced(relaxation, Pricing(reduced, tables, rows), rows, lambda strategies: 0.0)
     lowest: list[Column] = []
 

@@ -1,7 +1,7 @@
 """Memory rows: usage at the times that matter, for every choice at once.
 
-Of all times only those whose live set is inclusion-maximal can be the peak: for intervals these are the latest starts
-before some end. A row is such a time; every usage covers a contiguous range of rows.
+Of all times only those whose live set is inclusion-maximal can be the peak: for intervals these are the
+latest starts before some end. A row is such a time; every usage covers a contiguous range of rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Rows:
         return self._spread(self.flat[self.offset + np.asarray(strategies, np.int64)[self.node]])
 
     def expected(self, values: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """``(rows,)`` usage of fractional choices: ``values[first[i] + s]`` is the share of strategy ``s`` of ``i``."""
+        """``(rows,)`` usage of mixtures: ``values[first[i] + s]`` is the share of ``s`` at node ``i``."""
         counts = np.diff(np.append(self.offset, len(self.flat)))
         owner = np.repeat(np.arange(len(self.node)), counts)
         within = np.arange(len(self.flat)) - self.offset[owner]

@@ -25,6 +25,10 @@ from autopar.solver.stages import (
 
 # A pruned program this small is solved before anything else is tried.
 EASY_ENTRIES = 20_000
+# Shares of the time left, and the most time, that stages may take which others are to follow.
+PRICE_SHARE, MIXTURE_SHARE, MIXTURE_S = 0.4, 0.2, 10.0
+# Pruning goes on while it leaves less than this share of the edge entries.
+STUCK_SHARE = 0.9
 
 
 def solve(
@@ -39,22 +43,22 @@ def solve(
     """The cheapest feasible choice, or the best one found in time, always with a lower bound.
 
     Args:
-        problem: what to solve; costs below 2**-46 of the sum of the largest ones are lost: forbid with ``math.inf``,
-            not with a large number.
+        problem: what to solve; costs below 2**-46 of the sum of the largest ones are lost: forbid with
+            ``math.inf``, not with a large number.
         seconds: wall time after which the incumbent is returned.
-        relative_gap: stop when ``(objective - lower_bound) / objective`` is no larger; a binding limit on a deep
-            program is closed to 0.001 in seconds, and to 0 perhaps never.
+        relative_gap: stop when ``(objective - lower_bound) / objective`` is no larger; a binding limit on a
+            deep program is closed to 0.001 in seconds, and to 0 perhaps never.
         hint: strategies to start from; ignored where infeasible.
         on_progress: called at each stage and with each better incumbent.
         should_stop: polled; True returns the incumbent. So does Ctrl-C.
 
     Raises:
-        NoChoiceError: an ``InfeasibleError``: no choice is feasible (then it names the least peak and the nodes that
-            make it), or none was found in time.
+        NoChoiceError: an ``InfeasibleError``: no choice is feasible (then it names the least peak and the
+            nodes that make it), or none was found in time.
 
     >>> import numpy as np
-    >>> two = Problem((np.array([0.0, 3.0]), np.array([1.0, 1.0])), ((0, 1, np.array([[5.0, 4.0], [0.0, 9.0]])),))
-    >>> solve(two).strategies
+    >>> costs, matrix = np.array([0.0, 3.0]), np.array([[5.0, 4.0], [0.0, 9.0]])
+    >>> solve(Problem((costs, np.ones(2)), ((0, 1, matrix),))).strategies
     (1, 0)
     """
     search = Search(problem, seconds, relative_gap)
@@ -81,7 +85,7 @@ def run(search: Search) -> None:
     if eliminate_whole(part):
         return
     search.begin("presolve")
-    part = part.smaller(*simplify(part.problem, search.tables, search.poll))
+    part = part.smaller(*simplify(part.problem, search.tables))
     search.stats["reduced_nodes"] = len(part.problem.nodes)
     search.stats["reduced_edge_entries"] = entries_of(part.problem)
     if part.rows is None:
@@ -95,21 +99,21 @@ def _close_free(part: Part) -> None:
     while not eliminate_whole(part) and not part.search.done():
         smaller = bound_and_prune(part)
         if smaller is None:
-            return part.search.raise_bound(part.search.objective)
-        if entries_of(smaller.problem) > 0.9 * entries_of(part.problem):
-            if not eliminate_whole(smaller, WIDENING):
-                branch_whole(smaller)
-            return None
+            _exhausted(part.search)
+            return
+        if entries_of(smaller.problem) > STUCK_SHARE * entries_of(part.problem):
+            if not eliminate_whole(smaller, WIDENING) and branch_whole(smaller):
+                _exhausted(part.search)
+            return
         part = smaller
-    return None
 
 
 def _close_limited(part: Part) -> None:
     """With memory rows: price them, build feasible choices, prune by the gap, branch on what is left."""
     search = part.search
-    priced, dual = price_memory(part, 0.4 * search.remaining())
+    priced, dual = price_memory(part, PRICE_SHARE * search.remaining())
     if dual.bound > highest_cost(part.problem):
-        return _exhausted(search)
+        _exhausted(search)
     if not search.done():
         mix_layers(part, priced, dual)
     for last in (False, True):
@@ -117,17 +121,18 @@ def _close_limited(part: Part) -> None:
             return
         smaller = prune_at_prices(part, priced, dual)
         if smaller is None:
-            return _exhausted(search)
+            _exhausted(search)
+            return
         entries = search.stats["pruned_edge_entries"] = entries_of(smaller.problem)
         if entries <= (MILP_ENTRIES if last else EASY_ENTRIES) and branch_whole(smaller):
-            return _exhausted(search)
-        if not last and priced.relaxation.exact:
-            branch_on_mixture(part, dual, min(10.0, 0.2 * search.remaining()))
+            _exhausted(search)
+        if not last and not search.done() and priced.relaxation.exact:
+            branch_on_mixture(part, dual, min(MIXTURE_S, MIXTURE_SHARE * search.remaining()))
     improve_windows(part)
 
 
 def _exhausted(search: Search) -> None:
-    """Nothing better than the incumbent is left."""
+    """Nothing better than the incumbent is left; without one there is nothing at all."""
     if search.strategies is None:
         raise no_room(search.problem)
     search.raise_bound(search.objective)

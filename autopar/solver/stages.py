@@ -15,6 +15,7 @@ from autopar.solver.presolve import restrict, simplify
 from autopar.solver.primal import feasible_by_prices, line_layout
 from autopar.solver.problem import NoChoiceError, Problem
 from autopar.solver.relaxation import ExactRelaxation, Pricing, order_of
+from autopar.solver.tables import TooManyEntries
 
 # Sweeps end when the bound gains less than this share of the gap in a few of them.
 STALLED_SHARE = 0.01
@@ -23,13 +24,10 @@ SWEEPS_PER_LOOK = 5
 # The integer program closes what is at most this large; beyond, its relaxation alone takes minutes.
 MILP_ENTRIES = 400_000
 WINDOW_NODES = 60
-# Numbers held in tables (8 bytes each) at which elimination with wide tables gives up, and how wide these may be.
+# Numbers held in tables (8 bytes each) at which elimination with wide tables gives up, and how wide these
+# may be.
 MOST_ENTRIES = 200_000_000
 WIDENING = 10
-
-
-class _TooMuch(Exception):
-    """Elimination holds more tables than memory allows."""
 
 
 def eliminate_whole(part: Part, widening: int = 1) -> bool:
@@ -47,18 +45,16 @@ def eliminate_whole(part: Part, widening: int = 1) -> bool:
     if order.left:
         return False
 
-    def poll() -> None:
-        search.poll()
-        if tables.entries > MOST_ENTRIES:
-            raise _TooMuch
-
     search.begin("elimination")
     search.stats["widest_entries"] = order.widest_entries
-    relaxation = ExactRelaxation(part.problem, tables, order, poll)
+    relaxation = ExactRelaxation(part.problem, tables, order)
+    tables.most_entries = MOST_ENTRIES
     try:
         strategies, least = relaxation.minimise([tables.intern(costs) for costs in part.problem.nodes])
-    except _TooMuch:
+    except TooManyEntries:
         return False
+    finally:
+        tables.most_entries = math.inf
     if math.isinf(least):
         raise NoChoiceError("forbidden costs exclude every choice", math.inf, (), fix="allow more strategies")
     part.raise_bound(least)
@@ -121,7 +117,7 @@ def _pruned(part: Part, sweeps: Sweeps, costs: list[int], bound: float) -> Part 
         fewer, back = restrict(
             Problem(problem.nodes, edges, problem.usages, problem.limit), search.tables, kept
         )
-        reduced, lift = simplify(fewer, search.tables, search.poll)
+        reduced, lift = simplify(fewer, search.tables)
     except NoChoiceError:
         return None
     return part.smaller(reduced, lambda strategies: back(lift(strategies)))
@@ -144,7 +140,7 @@ def price_memory(part: Part, seconds: float) -> tuple[Priced, Dual]:
 
     end = time.perf_counter() + seconds
     if not order.left:
-        relaxation = ExactRelaxation(part.problem, search.tables, order, search.poll)
+        relaxation = ExactRelaxation(part.problem, search.tables, order)
         priced = Priced(relaxation, pricing, rows, part.problem.cost)
         dual = maximise(priced, on_step=on_step, ceiling=highest_cost(part.problem))
     else:
@@ -198,7 +194,7 @@ def branch_on_mixture(part: Part, dual: Dual, seconds: float) -> None:
 
 
 def branch_whole(part: Part) -> bool:
-    """The integer program on the whole part; whether it ended with a proof (also that nothing is left)."""
+    """The integer program on the whole part; whether it proved that nothing better is left."""
     search = part.search
     search.begin("integer program")
     end = time.perf_counter() + 0.95 * search.remaining() - 0.2
@@ -212,7 +208,7 @@ def branch_whole(part: Part) -> bool:
     part.raise_bound(outcome.bound)
     if outcome.strategies is not None:
         part.offer(outcome.strategies)
-    return math.isinf(outcome.bound) or search.done()
+    return math.isinf(outcome.bound)
 
 
 def improve_windows(part: Part) -> None:

@@ -1,8 +1,8 @@
 """Hash-consed cost tables: equal tables have one id, and every operation on ids is remembered.
 
-A deep train step repeats its layers, so the same few tables meet in the same few ways thousands of times. Work on an
-id is a dictionary look-up after the first time. Costs are whole multiples of a quantum (``quantize``): float64 adds
-them exactly, in any order, so layers that are equal on paper are equal in bytes.
+A deep train step repeats its layers, so the same few tables meet in the same few ways thousands of times.
+Work on an id is a dictionary look-up after the first time. Costs are whole multiples of a quantum
+(``quantize``): float64 adds them exactly, in any order, so layers that are equal on paper are equal in bytes.
 """
 
 from __future__ import annotations
@@ -15,72 +15,99 @@ from typing import Any
 import numpy as np
 
 SMALL_BYTES = 4096
-# Sums of largest entries stay below 2**46 quanta, which leaves 7 bits of the 53-bit mantissa for prices on usage.
+# Sums of largest entries stay below 2**46 quanta, which leaves 7 bits of the 53-bit mantissa for prices on
+# usage.
 QUANTA_BITS = 46
+
+
+class TooManyEntries(Exception):
+    """The store was asked to hold more numbers than it may."""
 
 
 class Tables:
     """A store of read-only arrays by id, with a memory of the operations done on them.
 
-    ``misses`` counts the operations that were really computed (tests use it to see that repetition is free), and
-    ``entries`` the numbers held.
+    Args:
+        poll: called before each operation that is really computed; it may raise to stop the work.
+
+    ``misses`` counts the operations really computed (tests see by it that repetition is free), ``entries``
+    the numbers held; ``most_entries`` bounds them, by ``TooManyEntries``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, poll: Callable[[], None] | None = None) -> None:
         self.arrays: list[np.ndarray] = []
         self.misses = 0
         self.entries = 0
+        self.most_entries: float = math.inf
+        self._poll = poll
         self._of_object: dict[int, int] = {}
         self._of_content: dict[Hashable, int] = {}
-        self._kept: list[np.ndarray] = []
         self._memo: dict[Hashable, Any] = {}
 
     def __getitem__(self, table: int) -> np.ndarray:
         return self.arrays[table]
 
     def intern(self, array: np.ndarray) -> int:
-        """The id of an array: by object first, by content when the object is new."""
+        """The id of an array: at once for one that this store gave out, else by content."""
         table = self._of_object.get(id(array))
         if table is not None:
             return table
-        # Adding 0.0 turns -0.0 into 0.0, so that equal values have equal bytes.
-        content = (
-            np.ascontiguousarray(array) + 0.0 if array.dtype == np.float64 else np.ascontiguousarray(array)
-        )
+        content = np.ascontiguousarray(array)
+        if content.dtype == np.float64:
+            # Turns -0.0 into 0.0, so that equal values have equal bytes.
+            content = content + 0.0
         raw = content.tobytes()
         digest = raw if len(raw) <= SMALL_BYTES else hashlib.blake2b(raw, digest_size=16).digest()
         table = self._of_content.setdefault((content.shape, content.dtype.str, digest), len(self.arrays))
         if table == len(self.arrays):
+            content = content.copy() if content is array else content
             content.flags.writeable = False
             self.arrays.append(content)
             self.entries += content.size
+            if self.entries > self.most_entries:
+                raise TooManyEntries
             self._of_object[id(content)] = table
-        # The caller's object stays alive with the store: its id() must not be given to another array.
-        self._kept.append(array)
-        self._of_object[id(array)] = table
         return table
 
     def shared(self, array: np.ndarray) -> np.ndarray:
         """The one array with this content."""
         return self.arrays[self.intern(array)]
 
-    def memo(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """The remembered result under a key, computed the first time."""
+    def memo(self, function: Callable[..., Any], *arguments: Hashable) -> Any:
+        """``function(self, *arguments)``, computed the first time; arguments are ids and other hashables."""
+        key = (function, arguments)
         try:
             return self._memo[key]
         except KeyError:
             self.misses += 1
-            result = self._memo[key] = compute()
+            if self._poll is not None:
+                self._poll()
+            result = self._memo[key] = function(self, *arguments)
             return result
 
     def transpose(self, table: int) -> int:
         """The transposed matrix."""
-        return self.memo(("transpose", table), lambda: self.intern(self.arrays[table].T))
+        return self.memo(_transpose, table)
 
     def add(self, a: int, b: int) -> int:
         """The sum of two tables of one shape."""
-        a, b = (a, b) if a <= b else (b, a)
-        return self.memo(("add", a, b), lambda: self.intern(self.arrays[a] + self.arrays[b]))
+        return self.memo(_add, a, b) if a <= b else self.memo(_add, b, a)
+
+    def take(self, table: int, kept: int) -> int:
+        """The rows of a table listed by an index table."""
+        return self.memo(_take, table, kept)
+
+
+def _transpose(tables: Tables, table: int) -> int:
+    return tables.intern(tables[table].T)
+
+
+def _add(tables: Tables, a: int, b: int) -> int:
+    return tables.intern(tables[a] + tables[b])
+
+
+def _take(tables: Tables, table: int, kept: int) -> int:
+    return tables.intern(tables[table][tables[kept]])
 
 
 def quantum_of(largest: float) -> float:

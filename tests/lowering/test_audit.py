@@ -178,7 +178,12 @@ def test_every_subset_of_three_axes_is_recognised(axes, jax_mesh):
 def test_flops_and_memory_are_per_device(jax_mesh):
     found = audit(compiled(lambda x: x @ x + gather(x, "data")[:16], X, jax_mesh(data=2, tensor=4)), MESH)
     assert found.flops >= 2 * 16**3 and found.argument_bytes == found.output_bytes == K
-    assert found.alias_bytes == 0 and found.temp_bytes >= 2 * K and found.estimated_cycles is None
+    assert (
+        found.alias_bytes == 0
+        and found.temp_bytes >= 2 * K
+        and found.estimated_cycles is None
+        and found.platform == "cpu"
+    )
     assert found.peak_bytes == found.argument_bytes + found.output_bytes + found.temp_bytes
 
 
@@ -394,11 +399,27 @@ def test_a_collective_that_the_tpu_spreads_over_fusions_counts_once():
 def test_a_gather_that_the_tpu_rounds_to_bfloat16_is_explained():
     half = Collective("all_gather", ("data",), 60.0, 2, "bfloat16")
     rest = Collective("all_gather", ("data",), 80.0, 1, "float32")
-    compiled_step = Audit((half, rest), 0.0, 0, 0, 0, 0, 0, None)
+    compiled_step = audited(half, rest, platform="tpu")
     (narrowed,) = compare(of(("all_gather", ("data",), 200.0, 3)), compiled_step, MESH)
     assert "rounds float32 to bfloat16" in narrowed.explanation
     (other,) = compare(of(("all_gather", ("data",), 300.0, 3)), compiled_step, MESH)
     assert not other.explanation
+    (elsewhere,) = compare(of(("all_gather", ("data",), 200.0, 3)), audited(half, rest, platform="cpu"), MESH)
+    assert not elsewhere.explanation
+
+
+def test_reductions_and_gathers_that_the_tpu_runs_as_all_reduces_are_explained_there_and_only_there():
+    predicted = of(
+        ("reduce_scatter", BOTH, 1000.0, 3), ("all_gather", BOTH, 100.0, 5), ("all_reduce", BOTH, 8.0, 2)
+    )
+    compiled_ones = (
+        Collective("all_gather", BOTH, 30.0, 1, "bfloat16"),  # 60 bytes, rounded
+        Collective("all_reduce", BOTH, 1048.0, 9, "float32"),  # 8, 1000 scattered, 40 gathered
+    )
+    on_tpu = compare(predicted, audited(*compiled_ones, platform="tpu"), MESH)
+    assert len(on_tpu) == 3 and all("as an all_reduce" in d.explanation for d in on_tpu)
+    on_cpu = compare(predicted, audited(*compiled_ones, platform="cpu"), MESH)
+    assert [d.kind for d in on_cpu if not d.explanation] == ["all_reduce"]
 
 
 def test_unbalanced_text_is_refused():
@@ -410,8 +431,12 @@ def of(*collectives: tuple[str, tuple[str, ...], float, int]) -> list[Predicted]
     return [Predicted(*one) for one in collectives]
 
 
-def built(*collectives: tuple[str, tuple[str, ...], float, int]) -> Audit:
-    return Audit(tuple(Collective(*one, "float32") for one in collectives), 0.0, 0, 0, 0, 0, 0, None)
+def audited(*collectives: Collective, platform: str) -> Audit:
+    return Audit(collectives, 0.0, 0, 0, 0, 0, 0, None, platform)
+
+
+def built(*collectives: tuple[str, tuple[str, ...], float, int], platform: str = "tpu") -> Audit:
+    return audited(*(Collective(*one, "float32") for one in collectives), platform=platform)
 
 
 def test_equal_collectives_do_not_differ_whatever_their_grouping_axis_order_and_axes_of_size_one():
@@ -437,7 +462,12 @@ def test_equal_collectives_do_not_differ_whatever_their_grouping_axis_order_and_
             [("reduce_scatter", BOTH, 8.0, 1)],
             ["became a reduce_scatter", "became a reduce_scatter"],
         ),
-        ([("reduce_scatter", BOTH, 8.0, 1)], [("all_reduce", BOTH, 8.0, 1)], ["", ""]),
+        (
+            [("reduce_scatter", BOTH, 8.0, 1)],
+            [("all_reduce", BOTH, 8.0, 1)],
+            ["as an all_reduce", "as an all_reduce"],
+        ),
+        ([("reduce_scatter", BOTH, 8.0, 1)], [("all_reduce", BOTH, 9.0, 1)], ["", "merged identical"]),
         (
             [("reduce_scatter", BOTH, 800.0, 1)],
             [("reduce_scatter", BOTH, 800.0, 1), ("collective_permute", BOTH, 8.0, 1)],

@@ -25,6 +25,11 @@ CASES = [
         lambda x: lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True),
         ("reduce_scatter", ("tensor",), BYTES, 1),
     ),
+    (
+        lambda x: lax.psum_scatter(x, ("data", "tensor"), scatter_dimension=0, tiled=True),
+        ("reduce_scatter", ("data", "tensor"), BYTES, 1),  # runs as an all_reduce
+    ),
+    (lambda x: lax.all_gather(x[:64, 0], "data", tiled=True), ("all_gather", ("data",), 512, 1)),  # likewise
     (lambda x: lax.all_to_all(x, "tensor", 1, 0, tiled=True), ("all_to_all", ("tensor",), BYTES, 1)),
     (
         lambda x: lax.ppermute(x, "data", [(i, (i + 1) % 4) for i in range(4)]),
@@ -52,7 +57,7 @@ def main() -> None:
         assert found.argument_bytes == BYTES, found
     product = jax.jit(lambda x: x @ x.T, in_shardings=sharding, out_shardings=sharding).lower(x).compile()
     assert audit(product, MESH).flops == 2 * 4096 * 4096 * 1024
-    assert (audit(product, MESH).estimated_cycles or 0) > 0
+    assert (audit(product, MESH).estimated_cycles or 0) > 0 and audit(product, MESH).platform == "tpu"
     refused(MeshError, "the topology 16", lambda: tpu_mesh("v5e:4x4", Mesh.parse("data=2,tensor=4")))
     refused(HardwareError, "no TPU topology 'v9:1'", lambda: tpu_mesh("v9:1", MESH))
 

@@ -241,7 +241,8 @@ def test_the_rules_of_a_family_are(family: str, golden: Callable[[str, str], Non
 
 
 def test_every_rule_has_a_row():
-    missing = set(SHARDING_RULES)
+    newer = {name for name in FAMILIES["elementwise"].NEWER if not hasattr(jax.lax, f"{name}_p")}
+    missing = set(SHARDING_RULES) - newer
     for function, *specs in CASES.values():
         missing -= {equation.primitive.name for equation in flat(jax.make_jaxpr(function)(*specs).jaxpr)}
     assert missing == set()

@@ -1,4 +1,4 @@
-"""Problems shaped like a deep train step: repeated layers share matrix objects, forward, backward, state, activations."""
+"""Problems like deep train steps: forward, backward, state, activations; layers share their tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Brute force, and Hypothesis strategies that draw small problems. It imports only the problem's data type."""
+"""Brute force, and a Hypothesis strategy that draws small problems. It imports only the data types."""
 
 from __future__ import annotations
 
@@ -50,12 +50,15 @@ def within(problem: Problem, strategies: tuple[int, ...]) -> bool:
 
 @st.composite
 def problems(draw, limited: bool = True) -> Problem:
-    """Small problems: forbidden entries, parallel edges, empty intervals, several usages per node, shared tables."""
+    """Forbidden entries, parallel edges, empty intervals, several usages per node, shared tables."""
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     forbidden = draw(st.sampled_from([0.0, 0.1, 0.5]))
     whole = draw(st.booleans())
-    table = lambda *shape: _table(random, shape, forbidden, whole)
+
+    def table(*shape: int) -> np.ndarray:
+        return _table(random, shape, forbidden, whole)
+
     nodes = [table(size) for size in sizes]
     edges, shared = [], {}
     for _ in range(draw(st.integers(0, 9)) if len(sizes) > 1 else 0):

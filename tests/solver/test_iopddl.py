@@ -51,7 +51,10 @@ def test_sums_beyond_int64_are_scored_exactly(tmp_path):
     assert exact_score(path, (0, 0, 0))[0] == 4 * 9 * 10**17 + 1
 
 
-@pytest.mark.parametrize("text", ["{}", "nonsense", '{"problem": {"nodes": {}}}', "[1]"])
+UNEQUAL = {"problem": {**INSTANCE["problem"], "edges": {"nodes": [], "costs": [[1]]}}}
+
+
+@pytest.mark.parametrize("text", ["{}", "nonsense", json.dumps(UNEQUAL), '{"problem": {"nodes": {}}}', "[1]"])
 def test_another_file_is_refused(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)

@@ -1,5 +1,6 @@
 """The whole solver against brute force, and its promises: certificate, replay, interruption, explanation."""
 
+import itertools
 import math
 
 import numpy as np
@@ -66,6 +67,14 @@ def test_where_tables_would_be_too_wide_the_other_stages_find_the_optimum(limite
     assert within(problem, choice.strategies)
 
 
+def _grid(first: int, rows: int) -> np.ndarray:
+    return np.array([[1000.0 * (first + i) + 100 * j for j in range(4)] for i in range(rows)])
+
+
+def _same(k: int) -> np.ndarray:
+    return np.where(np.eye(k, dtype=bool), 0.0, np.inf)
+
+
 def xla_problem(**changes: float) -> Problem:
     """The five-node problem of XLA's auto-sharding solver tests; ``changes`` forbid single entries."""
     nodes = [
@@ -81,16 +90,12 @@ def xla_problem(**changes: float) -> Problem:
         Usage(2, 2, 4, np.array([300000.0, 310000, 320000, 330000])),
         Usage(3, 3, 5, np.array([400000.0, 410000, 420000, 430000])),
     ]
-    grid = lambda first, rows: np.array(
-        [[1000.0 * (first + i) + 100 * j for j in range(4)] for i in range(rows)]
-    )
-    same = lambda k: np.where(np.eye(k, dtype=bool), 0.0, np.inf)
-    first_edge = grid(1, 4)
+    first_edge = _grid(1, 4)
     if "edge" in changes:
         first_edge[0, 0] = math.inf
     if "node" in changes:
         nodes[0][:3] = math.inf
-    edges = ((0, 2, first_edge), (1, 2, grid(5, 3)), (4, 1, same(3)), (3, 2, same(4)))
+    edges = ((0, 2, first_edge), (1, 2, _grid(5, 3)), (4, 1, _same(3)), (3, 2, _same(4)))
     return Problem(tuple(nodes), edges, tuple(sizes), 1_500_000.0)
 
 
@@ -170,7 +175,7 @@ def test_a_feasible_hint_is_the_first_incumbent_and_an_infeasible_one_is_ignored
 def test_progress_never_worsens_and_bound_never_passes_the_incumbent():
     seen = []
     solve(tight_step(), relative_gap=0.002, on_progress=seen.append)
-    assert all(later.incumbent <= earlier.incumbent for earlier, later in zip(seen, seen[1:], strict=False))
+    assert all(later.incumbent <= earlier.incumbent for earlier, later in itertools.pairwise(seen))
     assert all(progress.bound <= progress.incumbent for progress in seen)
     assert "prices" in {progress.stage for progress in seen}
 
@@ -184,7 +189,7 @@ def test_without_time_there_is_an_error_that_says_so():
 
 def test_an_infeasible_limit_names_the_least_peak_and_the_nodes_that_make_it():
     # Nodes 0 and 1 must agree, so one of them is large; node 2 lives at another time.
-    agree = np.where(np.eye(2, dtype=bool), 0.0, np.inf)
+    agree = _same(2)
     usages = (
         Usage(0, 0, 4, np.array([10.0, 90.0])),
         Usage(1, 0, 4, np.array([80.0, 10.0])),
@@ -199,7 +204,7 @@ def test_an_infeasible_limit_names_the_least_peak_and_the_nodes_that_make_it():
 
 
 def test_costs_that_forbid_everything_are_named():
-    agree = np.where(np.eye(2, dtype=bool), 0.0, np.inf)
+    agree = _same(2)
     differ = np.where(np.eye(2, dtype=bool), np.inf, 0.0)
     with pytest.raises(InfeasibleError, match="forbidden costs exclude every choice"):
         solve(Problem((np.zeros(2), np.zeros(2)), ((0, 1, agree), (0, 1, differ))))

@@ -1,6 +1,7 @@
 """The rules of JAX's primitives, one module per family; importing this package fills the two tables."""
 
 from autopar.sharding.rules import contraction as contraction
+from autopar.sharding.rules import control as control
 from autopar.sharding.rules import conv as conv
 from autopar.sharding.rules import elementwise as elementwise
 from autopar.sharding.rules import indexing as indexing

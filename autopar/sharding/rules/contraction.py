@@ -1,7 +1,7 @@
 """Contractions: ``dot_general`` with any dimension numbers, and the ragged products of expert layers.
 
 Factors are named as in ``b m k, b k n -> b m n``: ``b`` batch, ``m`` free in the left operand, ``n`` free in
-the right one, ``k`` contracted, each with its number.
+the right one, ``k`` contracted, ``g`` groups of rows (experts), each with its number.
 """
 
 from functools import partial
@@ -126,7 +126,7 @@ def local_ragged_dot_general(
 ) -> list[Any]:
     """The groups cut to the rows that this device holds; its own groups are rolled to the front."""
     numbers = ragged_dot_dimension_numbers
-    ragged, kind, _ = _ragged(lhs, numbers)
+    ragged, kind, outer = _ragged(lhs, numbers)
     bind = partial(lax.ragged_dot_general, ragged_dot_dimension_numbers=numbers, **params)
     if not shard.rule.operands[0][ragged] and "g0" not in shard.rule.sizes:
         return [bind(lhs, rhs, group_sizes)]
@@ -142,5 +142,4 @@ def local_ragged_dot_general(
         contracted = numbers.dot_dimension_numbers[0]
         rhs = jnp.roll(rhs, -starts[0], contracted[1][contracted[0].index(ragged)])
         return [bind(lhs, rhs, ends - starts)]
-    position = shard.rule.results[0].index(shard.rule.operands[0][ragged])
-    return [jnp.roll(bind(lhs, rhs, ends - starts), starts[0], position)]
+    return [jnp.roll(bind(lhs, rhs, ends - starts), starts[0], axis=len(outer))]

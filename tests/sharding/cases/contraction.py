@@ -72,6 +72,7 @@ CASES = {
         f32(4, 8, 16),
         counts(13, 15, 1, 7),
     ),
+    "ragged_dot_general: one row": (ROWS, f32(1, 8), f32(4, 8, 16), counts(0, 0, 1, 0)),
     "ragged_dot_general: kernel gradient": (
         KERNEL_GRADIENT,
         f32(24, 8),

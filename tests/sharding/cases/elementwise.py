@@ -14,6 +14,8 @@ UNARY = """
     exp2 expm1 floor is_finite lgamma log log1p logistic neg round rsqrt sign sin sinh sqrt square
     stop_gradient tan tanh
 """
+NEWER = ("log2", "one_minus_square")
+"""Primitives that JAX 0.10 does without."""
 BINARY = "add atan2 div eq ge gt le lt max min mul ne nextafter pow rem sub"
 BITS = "shift_left shift_right_logical shift_right_arithmetic"
 
@@ -52,6 +54,8 @@ CASES = {
     "mul: by a scalar": (lambda x: x * 3.0, f32(4, 8)),
     "mul: integers": (lax.mul, of(jnp.int32, 4, 8), of(jnp.int32, 4, 8)),
     "name": (lambda x: checkpoint_name(x, "activation"), f32(4, 8)),
+    "newer: log2": (jnp.log2, f32(8)),
+    "newer: one_minus_square": (jax.grad(lambda x: jnp.tanh(x).sum()), f32(8)),
     "not": (lax.bitwise_not, of(jnp.bool_, 4, 8)),
     "optimization_barrier": (lambda x, y: lax.optimization_barrier((x, y)), f32(4, 8), f32(4)),
     "optimization_barrier: booleans": (lambda x: lax.optimization_barrier((x, x > 0)), f32(4, 8)),

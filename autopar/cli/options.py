@@ -1,0 +1,146 @@
+"""Options of the commands, one frozen dataclass a command; a field is an argument or an option."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from autopar.targets import SHAPE
+
+
+def command(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Decorates ``run(options)`` so that Typer sees the fields of ``kind`` as its parameters."""
+    hints = get_type_hints(kind, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(kind)
+    ]
+
+    def decorate(run: Callable[[Any], None]) -> Callable[..., None]:
+        @functools.wraps(run)
+        def called(**values: Any) -> None:
+            run(kind(**values))
+
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {p.name: p.annotation for p in parameters}
+        return called
+
+    return decorate
+
+
+TargetText = Annotated[str, typer.Argument(metavar="TARGET", help=SHAPE)]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the target.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, as autopar plan -o writes it.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searching:
+    """What to plan, for what, and under which restrictions."""
+
+    target: TargetText
+    set: Sets = None
+    mesh: Annotated[
+        str | None, typer.Option(help="Mesh, as data=2,tensor=4; without it, every shape is tried.")
+    ] = None
+    devices: Annotated[int | None, typer.Option(min=1, help="Devices to plan for.")] = None
+    hardware: Annotated[str | None, typer.Option(help="Profile name or file; detected by default.")] = None
+    memory_gb: Annotated[float | None, typer.Option(min=0, help="Memory of a device in 1e9 bytes.")] = None
+    pin: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN=SPEC", help="As 'params/.*kernel=,tensor'.")
+    ] = None
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the solver, per mesh.")] = 60.0
+    strict: Annotated[bool, typer.Option(help="Refuse primitives without a sharding rule.")] = False
+    costs: Annotated[str, typer.Option(help="Prices of computation: roofline or measured.")] = "roofline"
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning(Searching):
+    """A search under one preset, whose plan can be kept."""
+
+    preset: Annotated[str, typer.Option(help="A strategy of the literature, as zero3 or megatron.")] = ""
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan as JSON.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanningAndRunning(Planning):
+    """Planning, then training."""
+
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 10
+    check: Annotated[bool, typer.Option(help="Compare the losses with one device.")] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """Training under a plan, made now where none is given."""
+
+    target: TargetText
+    set: Sets = None
+    plan: Annotated[Path | None, typer.Option(help="A plan file; without it, one is made first.")] = None
+    mesh: Annotated[str | None, typer.Option(help="Mesh, where no plan is given.")] = None
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 10
+    check: Annotated[bool, typer.Option(help="Compare the losses with one device.")] = False
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auditing:
+    """A plan against what the compiler makes of it."""
+
+    target: TargetText
+    plan: Annotated[Path, typer.Option(help="A plan file.")]
+    set: Sets = None
+    topology: Annotated[
+        str | None, typer.Option(help="TPU topology to compile for, as v5e:4x4; needs autopar[tpu].")
+    ] = None
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explaining:
+    """A table of a plan, or why one value is laid out as it is."""
+
+    plan: PlanPath
+    value: Annotated[str | None, typer.Argument(metavar="[VALUE]", help="Name of a value.")] = None
+    target: Annotated[str | None, typer.Option(help="Instead of the TARGET that the plan records.")] = None
+    set: Sets = None
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparing:
+    """Two plans of one step."""
+
+    before: PlanPath
+    after: PlanPath
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solving:
+    """An instance of the IOPDDL contest."""
+
+    problem: Annotated[Path, typer.Argument(metavar="PROBLEM", help="An instance, .json or .json.gz.")]
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the solver.")] = 60.0
+    json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrating:
+    """A profile of the devices at hand."""
+
+    output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write.")] = Path("profile.json")
+    devices: Annotated[int | None, typer.Option(min=1, help="CPU devices to force.")] = None
+    quick: Annotated[bool, typer.Option(help="Few small sizes: seconds instead of minutes.")] = False

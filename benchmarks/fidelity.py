@@ -1,0 +1,58 @@
+"""Every model x mesh x preset on 8 CPU devices: losses against one device, compiled against predicted collectives.
+
+    python -m benchmarks.fidelity [--models gpt moe] [--meshes data=8] [--presets dp none] [--steps 10]
+
+One line per case: largest relative difference of the loss, FLOPs of XLA over predicted ones, collectives that agree;
+then a line per difference.
+"""
+
+import argparse
+import os
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax  # noqa: E402  (after the environment)
+
+from benchmarks.cases import MESHES, PRESETS, TINY, Built, Case, cases, reference_losses  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(TINY), choices=list(TINY))
+    parser.add_argument("--meshes", nargs="+", default=list(MESHES))
+    parser.add_argument("--presets", nargs="+", default=["none", *PRESETS])
+    parser.add_argument("--steps", type=int, default=10)
+    arguments = parser.parse_args()
+    print(f"{'case':44} {'loss error':>10} {'flops':>7} {'collectives':>24} {'seconds':>8}", flush=True)
+    for case in cases():
+        wanted = case.mesh in arguments.meshes and (case.preset or "none") in arguments.presets
+        if case.model in arguments.models and wanted:
+            report(case, arguments.steps)
+            jax.clear_caches()
+
+
+def report(case: Case, steps: int) -> None:
+    start = time.perf_counter()
+    built = Built(case)
+    pairs = zip(built.losses(steps), reference_losses(case.model, steps), strict=True)
+    error = max(abs(found - expected) / abs(expected) for found, expected in pairs)
+    audited, predicted = built.audit(), built.plan.prediction
+    differences = built.differences()
+    unexplained = sum(not difference.explanation for difference in differences)
+    n_kinds = len(predicted.collectives)
+    verdict = f"{n_kinds - len(differences)}/{n_kinds} equal, {unexplained} unexpl."
+    seconds = time.perf_counter() - start
+    ratio = audited.flops / predicted.flops
+    print(f"{str(case):44} {error:10.1e} {ratio:7.3f} {verdict:>24} {seconds:8.1f}", flush=True)
+    for d in differences:
+        print(
+            f"    {d.kind} {'+'.join(d.axes)}: predicted {d.predicted_count} of {d.predicted_bytes:.0f} B,"
+            f" compiled {d.compiled_count} of {d.compiled_bytes:.0f} B; {d.explanation or 'UNEXPLAINED'}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
