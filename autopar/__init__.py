@@ -3,13 +3,15 @@
 The public names are loaded on first use, so that plans can be read and problems solved without JAX.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from autopar.plan import Plan
+
 if TYPE_CHECKING:
-    from autopar.api import compile, parallelize, plan
+    from autopar.api import compile, parallelize
     from autopar.cluster import Mesh
     from autopar.errors import AutoparError
-    from autopar.plan import Plan
     from autopar.sharding.factors import ShardingRule
     from autopar.sharding.registry import local_rule, sharding_rule
     from autopar.spec import Spec
@@ -19,10 +21,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "compile": "autopar.api",
     "parallelize": "autopar.api",
-    "plan": "autopar.api",
     "Mesh": "autopar.cluster",
     "AutoparError": "autopar.errors",
-    "Plan": "autopar.plan",
     "ShardingRule": "autopar.sharding.factors",
     "local_rule": "autopar.sharding.registry",
     "sharding_rule": "autopar.sharding.registry",
@@ -41,6 +41,16 @@ __all__ = [
     "plan",
     "sharding_rule",
 ]
+
+
+def plan(step: Callable[..., Any], *args: Any, **options: Any) -> Plan:
+    """The best plan for ``step(*args)``: see ``autopar.api.plan``.
+
+    Written out here because the module ``autopar.plan``, once imported, would hide a name loaded on first use.
+    """
+    from autopar import api
+
+    return api.plan(step, *args, **options)
 
 
 def __getattr__(name: str) -> Any:

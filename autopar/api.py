@@ -22,7 +22,7 @@ from autopar.lowering.local_program import LocalProgram, build_local_program
 from autopar.lowering.spmd import device_mesh, lower, shardings
 from autopar.plan import Plan, Prediction
 from autopar.planner.pins import restrict
-from autopar.planner.search import Limits, Prepared, prepare, search
+from autopar.planner.search import Limits, Masks, Prepared, prepare, search
 
 AXES = ("data", "tensor")
 """Axis names of the meshes tried when the user names none."""
@@ -119,9 +119,13 @@ def plan_traced(traced: Traced, trace_s: float, options: Options) -> Plan:
     return replace(best, solution=replace(best.solution, trace_s=trace_s))
 
 
-def plan_prepared(prepared: Prepared, cost: CostModel, options: Options) -> Plan:
-    """The best plan on one mesh under the preset and pins; tightens the solver's memory until the program fits."""
-    masks = restrict(prepared.graph, prepared.formulator, options.preset, options.pins)
+def plan_prepared(prepared: Prepared, cost: CostModel, options: Options, masks: Masks | None = None) -> Plan:
+    """The best plan on one mesh under the preset and pins (or ``masks`` instead of them).
+
+    Tightens the solver's memory until the program fits.
+    """
+    if masks is None:
+        masks = restrict(prepared.graph, prepared.formulator, options.preset, options.pins)
     limit = options.limit_bytes(cost)
     allowed = limit
     for _ in range(MEMORY_ROUNDS):

@@ -141,6 +141,8 @@ class Solving:
 class Calibrating:
     """A profile of the devices at hand."""
 
-    output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write.")] = Path("profile.json")
+    output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write.")] = Path(
+        "profile.json"
+    )
     devices: Annotated[int | None, typer.Option(min=1, help="CPU devices to force.")] = None
     quick: Annotated[bool, typer.Option(help="Few small sizes: seconds instead of minutes.")] = False

@@ -1,7 +1,7 @@
 """What a plan costs: seconds of computation and communication on given hardware."""
 
 from autopar.cost.alpa import AlpaCost
-from autopar.cost.compute import equation_flops, equation_transcendentals, fusible
+from autopar.cost.compute import duplicable, equation_flops, equation_transcendentals, fusible
 from autopar.cost.model import COLLECTIVES, CostModel, RooflineCost, Work
 from autopar.cost.profiles import PROFILES, hardware, read_profile, write_profile
 
@@ -12,6 +12,7 @@ __all__ = [
     "CostModel",
     "RooflineCost",
     "Work",
+    "duplicable",
     "equation_flops",
     "equation_transcendentals",
     "fusible",

@@ -60,6 +60,21 @@ def fusible(primitive: str) -> bool:
 _FUSED_MOVES = MOVING - {"optimization_barrier", "device_put"}
 
 
+def duplicable(primitive: str) -> bool:
+    """Whether XLA rather repeats the primitive in each reader than keeps its result in memory.
+
+    So it does where the operation is cheap and its large inputs are at most one, or readers fuse it on all
+    paths: the residuals of such equations need no memory from the forward to the backward pass. Source:
+    ``InstructionFusion::IsExpensive`` and ``ComputeGloballyUnfusible`` in XLA
+    (xla/service/instruction_fusion.cc).
+
+    >>> duplicable("mul"), duplicable("broadcast_in_dim"), duplicable("tanh"), duplicable("div")
+    (True, True, False, False)
+    """
+    cheap = primitive in ARITHMETIC - {"div", "rem"} or primitive in ("cos", "sin")
+    return cheap or primitive in _FUSED_MOVES
+
+
 def equation_flops(primitive: str, params: Mapping[str, Any], operands: Shapes, results: Shapes) -> float:
     """Floating-point operations of one equation, without transcendentals; 0 for those that only move data.
 

@@ -48,19 +48,19 @@ def adapt(step: Callable[..., Any], args: Sequence[Any], static_argnums: Sequenc
 
     function = bound if static else step
     key = tuple(sorted(static.items()))
-    if not any(_has_objects(arg) for arg in dynamic):
+    if not any(has_objects(arg) for arg in dynamic):
         return Adapted(function, dynamic, key, lambda result: result)
     return _adapt_objects(function, dynamic, key)
 
 
-def _has_objects(tree: Any) -> bool:
+def has_objects(tree: Any) -> bool:
     """Whether a pytree holds NNX objects, which updates change in place."""
     is_object = lambda leaf: isinstance(leaf, (nnx.Module, nnx.Optimizer, nnx.Variable, nnx.Rngs))  # noqa: E731
     return any(is_object(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_object))
 
 
 def _adapt_objects(function: Callable[..., Any], args: tuple[Any, ...], key: Hashable) -> Adapted:
-    objects = [arg if _has_objects(arg) else None for arg in args]
+    objects = [arg if has_objects(arg) else None for arg in args]
     graph, state = nnx.split(objects)
     others = tuple(arg for arg, held in zip(args, objects, strict=True) if held is None)
 

@@ -22,6 +22,8 @@ from autopar.ir.program import Atom, Equation, Program, Value
 LOOP_CONST, LOOP_CARRY, LOOP_SLICE = Primitive("loop_const"), Primitive("loop_carry"), Primitive("loop_slice")
 LOOP_REPEAT, LOOP_STACK, LOOP_EXIT = Primitive("loop_repeat"), Primitive("loop_stack"), Primitive("loop_exit")
 BRANCH_IN, BRANCH_OUT = Primitive("branch_in"), Primitive("branch_out")
+AS_MADE = frozenset({LOOP_REPEAT, LOOP_STACK, LOOP_EXIT, BRANCH_IN, BRANCH_OUT})
+"""What reads a value as it was made, never a view of it: at these edges the lowering moves it itself."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,8 @@ _CALLS = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 _REMAT = ("remat", "remat2", "checkpoint")
+_PLACEMENT = ("device_put", "sharding_constraint")
+"""What a single-device step says about placement is dropped: the plan decides."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,8 @@ class _Flattener:
         """Inlines a call, keeps anything else; returns the results."""
         name = eqn.primitive.name
         scope = _scope(scope, eqn.source_info.name_stack)
+        if name in _PLACEMENT:
+            return inputs
         if name in _CALLS and _CALLS[name] in eqn.params:
             jaxpr, consts = _open(eqn.params[_CALLS[name]])
             atoms = [Constant(const, var.aval) for const, var in zip(consts, jaxpr.constvars, strict=True)]

@@ -39,7 +39,9 @@ class Audit:
 
     Attributes:
         collectives: sorted by kind and axes.
-        flops: XLA's count, with products and convolutions in loops as often as the loop runs.
+        flops: XLA's count, with products and convolutions in loops as often as the loop runs. On CPU, XLA's
+            count of random bits is too low: they are made in a loop, whose elementwise body it counts once.
+        product_flops: those of the matrix products and convolutions alone, as if these had no padding.
         argument_bytes: the arguments.
         output_bytes: the results, aliased ones included.
         temp_bytes: everything else that the step allocates.
@@ -51,6 +53,7 @@ class Audit:
 
     collectives: tuple[Collective, ...]
     flops: float
+    product_flops: float
     argument_bytes: int
     output_bytes: int
     temp_bytes: int
@@ -74,11 +77,13 @@ def audit(compiled: Any, mesh: Mesh) -> Audit:
             where=f"mesh {mesh}",
             fix="audit with the mesh that the step was compiled for",
         )
-    memory = compiled.memory_analysis()
+    memory, products = compiled.memory_analysis(), list(hlo.products(module))
+    uncounted_flops = sum(flops * (times - 1) for flops, times in products)
     held_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Audit(
         collectives=_collectives(module, mesh),
-        flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)) + hlo.repeated_flops(module),
+        flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)) + uncounted_flops,
+        product_flops=sum(flops * times for flops, times in products),
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,

@@ -329,17 +329,14 @@ def _iota(dims: list[int], order: list[int] | None) -> list[int]:
     ]
 
 
-def repeated_flops(module: Module) -> float:
-    """Flops of the matrix products and convolutions in loops, without the first round of each loop.
+def products(module: Module) -> Iterator[tuple[float, int]]:
+    """Flops of every matrix product and convolution, and how often a step runs it.
 
-    This is what XLA's cost analysis leaves out: it counts the body of a loop once. A convolution counts as if
-    it had no padding. Elementwise arithmetic in loops is left out: its fusions repeat it at will.
+    A convolution counts as if it had no padding.
     """
-    return sum(
-        (times - 1) * _product_flops(module.computations[computation], instruction)
-        for computation, instruction, times in executions(module, inside_fusions=True)
-        if times > 1 and instruction.opcode in ("dot", "convolution")
-    )
+    for computation, instruction, times in executions(module, inside_fusions=True):
+        if instruction.opcode in ("dot", "convolution"):
+            yield _product_flops(module.computations[computation], instruction), times
 
 
 def _product_flops(scope: dict[str, Instruction], product: Instruction) -> float:

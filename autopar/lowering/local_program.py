@@ -157,10 +157,11 @@ class _Builder:
             (name, reader): view for name, views in plan.views.items() for view in views for reader in view.readers
         }
 
-    def build(self, program: Program, arrive: Sequence[Spec], leave: Sequence[Spec]) -> LocalProgram:
-        """The instructions of a program whose inputs and results have the given specs."""
-        inputs = tuple(Slot(value, spec) for value, spec in zip(program.inputs, arrive, strict=True))
-        self.slots.update(zip(program.inputs, inputs, strict=True))
+    def build(self, program: Program, arrive: Sequence[Spec | None], leave: Sequence[Spec]) -> LocalProgram:
+        """The instructions of a program whose inputs (None: made already) and results have the given specs."""
+        arriving = zip(program.inputs, arrive, strict=True)
+        inputs = tuple(Slot(value, spec) for value, spec in arriving if spec is not None)
+        self.slots.update((slot.value, slot) for slot in inputs)
         for value, spec in self.wanted.items():
             if self.slots[value].spec != spec:
                 self.slots[value] = self._move(self.slots[value], spec, None)
@@ -301,22 +302,26 @@ class _Builder:
         self._leaving(outputs)
 
     def _cond(self, eqn: Equation) -> None:
-        inputs = [self._entering(eqn.inputs[:1], [Spec(())], [eqn.name])[0]]
-        sources = [self._entered(atom) for atom in eqn.inputs[1:]]
-        inputs += sources
+        (index,) = self._entering(eqn.inputs[:1], [Spec(())], [eqn.name])
+        sources = [self.slots[atom] if atom in self.slots else atom for atom in eqn.inputs[1:]]
         leave = [_planned(self.plan, value) for value in eqn.outputs]
-        bodies = []
-        for body in eqn.bodies:
-            arrive = [s.spec if isinstance(s, Slot) else Spec(()) for s in sources]
-            bodies.append(self._branch(body, arrive, leave))
+        bodies = tuple(self._branch(body, sources, leave) for body in eqn.bodies)
         outputs = tuple(Slot(value, spec) for value, spec in zip(eqn.outputs, leave, strict=True))
-        self.instructions.append(Branch(eqn, tuple(bodies), tuple(inputs), outputs))
+        entering = [source for source in sources if not isinstance(source, Value)]
+        self.instructions.append(Branch(eqn, bodies, (index, *entering), outputs))
         self._leaving(outputs)
 
-    def _branch(self, body: Program, arrive: Sequence[Spec], leave: Sequence[Spec]) -> LocalProgram:
-        """A branch takes its operands as they come and moves them itself, so that only the branch taken pays."""
+    def _branch(self, body: Program, sources: Sequence[Operand | Value], leave: Sequence[Spec]) -> LocalProgram:
+        """A branch takes its operands as they come, moves them itself and makes free values itself: only the branch taken pays."""
         builder = _Builder(self.plan, self.cost, self.rules)
         builder.wanted = {value: _planned(self.plan, value) for value in body.inputs}
+        builder.free = dict(self.free)
+        for value, source in zip(body.inputs, sources, strict=True):
+            if isinstance(source, Value):
+                builder.slots[value] = builder._piece(source, builder.wanted[value])
+        arrive = [
+            None if isinstance(s, Value) else s.spec if isinstance(s, Slot) else Spec(()) for s in sources
+        ]
         return builder.build(body, arrive, leave)
 
     def _entering(self, atoms: Sequence[Atom], specs: Sequence[Spec], readers: Sequence[str]) -> tuple[Operand, ...]:
@@ -330,11 +335,6 @@ class _Builder:
                 source = self._move(source, spec, None)
             found.append(source)
         return tuple(found)
-
-    def _entered(self, atom: Atom) -> Operand:
-        if isinstance(atom, Constant):
-            return atom
-        return self._piece(atom, Spec.replicated(len(atom.shape))) if atom in self.free else self.slots[atom]
 
     def _leaving(self, outputs: tuple[Slot, ...]) -> None:
         """What follows reads the results in the layout that their loop_exit or branch_out has."""

@@ -13,12 +13,14 @@ TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_PLATFORMS": "cpu",
 }
 """What libtpu and JAX must find in the environment before JAX is imported, on a machine without a TPU.
 
 The first three keep libtpu from asking a metadata server; the type may be any (it need not be that of the
-topology). The last keeps JAX from starting a TPU that is not there.
+topology). The fourth lets several programs compile at the same time: without it, libtpu locks itself for one
+process, as if there were a TPU to own. The last keeps JAX from starting a TPU that is not there.
 """
 
 

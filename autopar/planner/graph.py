@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from autopar.cost import fusible
 from autopar.ir.program import Equation, Program, Value
-from autopar.ir.regions import FlatProgram, flatten_regions
+from autopar.ir.regions import AS_MADE, FlatProgram, flatten_regions
 from autopar.sharding.factors import ShardingRule, letters
 from autopar.sharding.lookup import RuleBook
 
@@ -246,11 +246,16 @@ class _Builder:
         return sum(all(atom is not value for atom in self.eqns[i].inputs) for i in span)
 
     def _groups(self, value: Value, uses: list[Use]) -> list[Group]:
-        """Cuts the uses where contractions stand between them; contractions tolerate a small gap."""
+        """Cuts the uses where contractions stand between them (contractions tolerate a small gap) and at the edges of regions."""
         born = self.producer.get(value, -1)
         groups: dict[bool, list[Group]] = {True: [], False: []}
+        alone: list[Group] = []
         for use in uses:
-            heavy = self.eqns[use.position].primitive.name in HEAVY
+            primitive = self.eqns[use.position].primitive
+            if primitive in AS_MADE:
+                alone.append(Group([use]))
+                continue
+            heavy = primitive.name in HEAVY
             row = groups[heavy]
             since = row[-1].uses[-1].position if row else born
             gap = SIBLING_GAP if heavy else 0
@@ -258,7 +263,7 @@ class _Builder:
                 row[-1].uses.append(use)
             else:
                 row.append(Group([use]))
-        return sorted([*groups[True], *groups[False]], key=lambda group: group.uses[0].position)
+        return sorted([*groups[True], *groups[False], *alone], key=lambda group: group.uses[0].position)
 
     def near(self, value: Value, group: Group) -> bool:
         """Whether the group follows the producer with no contraction in between."""

@@ -94,7 +94,8 @@ class Search:
             raise NoChoiceError(what, -math.inf, (), fix="allow more seconds or a larger limit")
         kept = {"tables_computed": self.tables.misses, "tables_kept": len(self.tables.arrays)}
         stats = self.stats | kept
-        return Choice(self.strategies, self.objective, self.bound, self.done(), self.seconds(), stats)
+        proven = relative_gap(self.objective, self.bound) <= PROVEN_GAP
+        return Choice(self.strategies, self.objective, self.bound, proven, self.seconds(), stats)
 
 
 class Part:

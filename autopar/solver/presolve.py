@@ -142,18 +142,20 @@ def merge_followers(draft: Draft, nodes: list[int]) -> None:
     queue = list(reversed(nodes))
     while queue:
         node = queue.pop()
-        for other, table in list(draft.near[node].items()):
-            followed = tables.memo(_follows, table)
-            if followed is None or other not in draft.near[node]:
+        for other in list(draft.near[node]):
+            # An earlier merge may have changed or removed this edge.
+            table = draft.near[node].get(other)
+            followed = None if table is None else tables.memo(_follows, table)
+            if table is None or followed is None:
                 continue
+            back = None
             if draft.size(node) == draft.size(other) and _load(draft, node) < _load(draft, other):
-                table = tables.transpose(table)
-                followed = tables.memo(_follows, table)
-                if followed is not None:
-                    _merge(draft, other, node, followed)
-                    queue.append(other)
-                    break
-            elif draft.size(node) <= draft.size(other) or len(draft.near[other]) <= 2:
+                back = tables.memo(_follows, tables.transpose(table))
+            if back is not None:
+                _merge(draft, other, node, back)
+                queue.append(other)
+                break
+            if draft.size(node) <= draft.size(other) or len(draft.near[other]) <= 2:
                 _merge(draft, node, other, followed)
 
 

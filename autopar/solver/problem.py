@@ -143,7 +143,7 @@ class Choice:
         strategies: index into each node's costs.
         objective: the problem's cost of these strategies, recomputed from the problem as it was given.
         lower_bound: no feasible choice costs less (within float64 rounding, 1e-9 relative).
-        proven: whether the gap is zero within that rounding, or within the relative gap asked for.
+        proven: whether the gap is zero within that rounding: the choice is optimal.
         seconds: wall time of the solve.
         stats: what the solver did, for tables and logs.
     """

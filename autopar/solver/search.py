@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from autopar.solver.milp import entries_of
 from autopar.solver.part import Part, Search, Stopped, whole_part
-from autopar.solver.presolve import simplify
+from autopar.solver.presolve import drop_fixed, reduce_once, simplify
 from autopar.solver.problem import Choice, Problem, Progress
 from autopar.solver.room import least_sum_exceeds, no_room
 from autopar.solver.stages import (
@@ -82,6 +82,9 @@ def run(search: Search) -> None:
     if least_sum_exceeds(search.problem):
         raise no_room(search.problem, search.poll)
     part = whole_part(search)
+    if any(len(costs) == 1 for costs in part.problem.nodes):
+        # A fixed node may have hundreds of neighbours: no table can have an axis for each.
+        part = part.smaller(*reduce_once(drop_fixed, part.problem, search.tables))
     if eliminate_whole(part):
         return
     search.begin("presolve")

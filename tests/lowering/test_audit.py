@@ -198,6 +198,7 @@ def test_flops_and_memory_are_per_device(jax_mesh):
 def test_products_in_loops_count_as_often_as_the_loop_runs(program, products, jax_mesh):
     found = audit(compiled(program, X, jax_mesh(data=2, tensor=4)), MESH)
     assert found.flops == pytest.approx(products * 2 * 16**3, abs=100)
+    assert found.product_flops == products * 2 * 16**3
 
 
 def test_convolutions_in_loops_count_every_round_without_regard_to_padding(jax_mesh):
@@ -207,6 +208,7 @@ def test_convolutions_in_loops_count_every_round_without_regard_to_padding(jax_m
     found = audit(compiled(scan_of(convolve, 7), X, jax_mesh(data=2, tensor=4)), MESH)
     first, others = 2 * 46 * 46, 6 * 2 * 16 * 16 * 9
     assert found.flops == pytest.approx(first + others, abs=100)
+    assert found.product_flops == 7 * 2 * 16 * 16 * 9
 
 
 def test_a_donated_argument_counts_once(jax_mesh):
@@ -432,7 +434,7 @@ def of(*collectives: tuple[str, tuple[str, ...], float, int]) -> list[Predicted]
 
 
 def audited(*collectives: Collective, platform: str) -> Audit:
-    return Audit(collectives, 0.0, 0, 0, 0, 0, 0, None, platform)
+    return Audit(collectives, 0.0, 0.0, 0, 0, 0, 0, 0, None, platform)
 
 
 def built(*collectives: tuple[str, tuple[str, ...], float, int], platform: str = "tpu") -> Audit:

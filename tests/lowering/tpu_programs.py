@@ -56,7 +56,7 @@ def main() -> None:
         assert not unexplained, unexplained
         assert found.argument_bytes == BYTES, found
     product = jax.jit(lambda x: x @ x.T, in_shardings=sharding, out_shardings=sharding).lower(x).compile()
-    assert audit(product, MESH).flops == 2 * 4096 * 4096 * 1024
+    assert audit(product, MESH).flops == audit(product, MESH).product_flops == 2 * 4096 * 4096 * 1024
     assert (audit(product, MESH).estimated_cycles or 0) > 0 and audit(product, MESH).platform == "tpu"
     refused(MeshError, "the topology 16", lambda: tpu_mesh("v5e:4x4", Mesh.parse("data=2,tensor=4")))
     refused(HardwareError, "no TPU topology 'v9:1'", lambda: tpu_mesh("v9:1", MESH))

@@ -22,7 +22,7 @@ def check(problem, reduced, lift):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS, ids=lambda reduction: reduction.__name__)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problem=problems())
 def test_lifted_optimum_of_each_reduction_costs_the_same(reduction, problem):
     tables = Tables()
@@ -36,7 +36,7 @@ def test_lifted_optimum_of_each_reduction_costs_the_same(reduction, problem):
     check(problem, reduced, lift)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(problem=problems())
 def test_lifted_optimum_of_all_reductions_costs_the_same(problem):
     try:

@@ -1,8 +1,7 @@
 """The plan: everything that was decided, as plain data that can be read, diffed, edited, saved and run again. No JAX."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +128,7 @@ class Plan:
         prediction: what it costs.
         solution: how it was found.
         preset, pins: the restrictions it was solved under.
+        provenance: where it comes from: the command line's target and settings, to plan it again.
     """
 
     fingerprint: str
@@ -143,6 +143,7 @@ class Plan:
     solution: Solution
     preset: str = ""
     pins: tuple[tuple[str, str], ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)
     version: int = VERSION
     runtime: Any = field(default=None, compare=False, repr=False)
     """What ``autopar.plan`` keeps so that the plan can explain and run itself; not saved."""
@@ -154,7 +155,9 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; ``from_json`` reads it back equal."""
-        return json.dumps(_encode(replace(self, runtime=None)), indent=1)
+        from autopar.plan import codec
+
+        return codec.encode(self)
 
     @staticmethod
     def from_json(text: str, source: str = "plan") -> "Plan":
@@ -163,92 +166,39 @@ class Plan:
         Raises:
             PlanError: not JSON, not a plan, or of another version.
         """
-        try:
-            data = json.loads(text)
-            version = data["version"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise PlanError(
-                f"{source} is not an autopar plan: {error}", fix="write one with autopar plan -o plan.json"
-            ) from error
-        if version != VERSION:
-            raise PlanError(
-                f"{source} has version {version}, this autopar reads version {VERSION}",
-                fix="plan again with autopar plan",
-            )
-        try:
-            return _decode_plan(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"{source} is damaged: {error!r}", fix="plan again with autopar plan") from error
+        from autopar.plan import codec
+
+        return codec.decode(text, source)
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON."""
-        Path(path).write_text(self.to_json())
+        """Writes the plan as JSON; raises PlanError if it cannot."""
+        try:
+            Path(path).write_text(self.to_json())
+        except OSError as error:
+            raise PlanError(
+                f"plan {path} cannot be written: {error.strerror}", fix="check the path"
+            ) from error
 
     @staticmethod
     def load(path: str | Path) -> "Plan":
         """Reads a plan from a file; raises PlanError if it is missing or damaged."""
         try:
             text = Path(path).read_text()
-        except OSError as error:
-            raise PlanError(f"plan {path} cannot be read: {error.strerror}", fix="check the path") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"plan {path} cannot be read: {error}", fix="check the path") from error
         return Plan.from_json(text, str(path))
 
+    def __rich__(self) -> Any:
+        from autopar.plan import terminal
 
-def _encode_spec(spec: Spec) -> dict[str, Any]:
-    encoded: dict[str, Any] = {"dims": [list(dim) for dim in spec.dims]}
-    return encoded | ({"partial": sorted(spec.partial)} if spec.partial else {})
+        return terminal.plan_page(self)
 
+    def __str__(self) -> str:
+        from autopar.plan import terminal
 
-def _decode_spec(data: Mapping[str, Any]) -> Spec:
-    return Spec(tuple(tuple(dim) for dim in data["dims"]), frozenset(data.get("partial", ())))
+        return terminal.as_text(self.__rich__())
 
+    def _repr_html_(self) -> str:
+        from autopar.plan import html
 
-def _encode(plan: Plan) -> dict[str, Any]:
-    return {
-        "version": plan.version,
-        "fingerprint": plan.fingerprint,
-        "mesh": str(plan.mesh),
-        "hardware": plan.hardware,
-        "preset": plan.preset,
-        "pins": [list(pin) for pin in plan.pins],
-        "prediction": asdict(plan.prediction),
-        "solution": asdict(plan.solution),
-        "arguments": [
-            {"name": arg.name, "shape": list(arg.shape), "dtype": arg.dtype, "state": arg.state}
-            | _encode_spec(arg.spec)
-            for arg in plan.arguments
-        ],
-        "outputs": [_encode_spec(spec) for spec in plan.outputs],
-        "values": {name: _encode_spec(spec) for name, spec in plan.values.items()},
-        "equations": {name: dict(splits) for name, splits in plan.equations.items()},
-        "views": {
-            name: [_encode_spec(view.spec) | {"readers": list(view.readers)} for view in views]
-            for name, views in plan.views.items()
-        },
-    }
-
-
-def _decode_plan(data: Mapping[str, Any]) -> Plan:
-    prediction = dict(data["prediction"])
-    collectives = [c | {"axes": tuple(c["axes"])} for c in prediction.pop("collectives")]
-    solution = dict(data["solution"])
-    solution["replicated_primitives"] = tuple(tuple(pair) for pair in solution["replicated_primitives"])
-    return Plan(
-        fingerprint=data["fingerprint"],
-        mesh=Mesh.parse(data["mesh"]),
-        hardware=data["hardware"],
-        arguments=tuple(
-            Argument(a["name"], tuple(a["shape"]), a["dtype"], _decode_spec(a), a["state"]) for a in data["arguments"]
-        ),
-        outputs=tuple(_decode_spec(spec) for spec in data["outputs"]),
-        values={name: _decode_spec(spec) for name, spec in data["values"].items()},
-        equations={name: tuple(splits.items()) for name, splits in data["equations"].items()},
-        views={
-            name: tuple(View(_decode_spec(view), tuple(view["readers"])) for view in views)
-            for name, views in data["views"].items()
-        },
-        prediction=Prediction(**prediction, collectives=tuple(Collective(**c) for c in collectives)),
-        solution=Solution(**solution),
-        preset=data["preset"],
-        pins=tuple((pattern, spec) for pattern, spec in data["pins"]),
-    )
+        return html.page(self)

@@ -1,0 +1,61 @@
+"""The terminal: tables and JSON on stdout, progress and messages on stderr, and how commands end."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.status import Status
+
+from autopar.errors import AutoparError
+
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+"""Exit codes: a check failed; an error that the user can mend; Ctrl-C with nothing to keep."""
+
+
+def show(*what: RenderableType) -> None:
+    """Writes tables and lines to stdout; as wide as they need to be where nobody looks at a terminal."""
+    width = None if sys.stdout.isatty() else 120
+    console = Console(width=width, highlight=False, soft_wrap=False)
+    for one in what:
+        console.print(one)
+
+
+def show_json(data: Any) -> None:
+    """Writes one JSON object to stdout."""
+    sys.stdout.write(json.dumps(data) + "\n")
+
+
+def note(text: str, style: str = "dim") -> None:
+    """Writes a line to stderr."""
+    Console(stderr=True, highlight=False).print(text, style=style, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(text: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is going on; call the yielded function to change it."""
+    console = Console(stderr=True)
+    status = Status(text, console=console)
+    with status:
+        yield lambda line: status.update(line)
+
+
+def reported(run: Callable[..., None]) -> Callable[..., None]:
+    """Ends a command that raises an AutoparError with its message on stderr and exit code 2."""
+
+    @functools.wraps(run)
+    def called(*args: Any, **kwargs: Any) -> None:
+        try:
+            run(*args, **kwargs)
+        except AutoparError as error:
+            note(f"error: {error}", "red")
+            raise typer.Exit(REFUSED) from error
+        except KeyboardInterrupt as error:
+            note("interrupted before there was anything to keep", "red")
+            raise typer.Exit(INTERRUPTED) from error
+
+    return called

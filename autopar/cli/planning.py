@@ -1,0 +1,165 @@
+"""From the options of a command to a plan: loads the target, forces devices, searches, shows how far it is."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from autopar import api
+from autopar.cli.console import note, progress
+from autopar.cli.options import Planning, Searching
+from autopar.cluster import Mesh
+from autopar.cost import CostModel, RooflineCost, hardware
+from autopar.cost.measured import MeasuredCost
+from autopar.errors import HardwareError, MeshError
+from autopar.ir.arguments import Adapted, adapt
+from autopar.ir.trace import Traced
+from autopar.plan import Plan
+from autopar.planner.pins import parse_pin
+from autopar.targets import Target, load, parse_settings
+
+DEFAULT_DEVICES = 8
+"""How many devices a plan is for when nobody says and the machine has one CPU."""
+
+TIMINGS = Path.home() / ".cache" / "autopar"
+"""Where ``--costs measured`` keeps its timings."""
+
+
+def force_devices(n_devices: int) -> None:
+    """Makes the CPU stand for as many devices, unless JAX already runs in this process or XLA_FLAGS says how many."""
+    try:
+        jax.config.update("jax_num_cpu_devices", max(n_devices, DEFAULT_DEVICES))
+    except RuntimeError:
+        return  # JAX runs already: its devices are what there is
+
+
+def devices_for(mesh: Mesh) -> Sequence[Any]:
+    """The devices to run on: JAX's own, or CPU devices where those are too few."""
+    own = jax.devices()
+    if len(own) >= mesh.n_devices or own[0].platform == "cpu":
+        return own
+    note(f"{len(own)} {own[0].platform} devices, mesh {mesh} needs {mesh.n_devices}: running on CPU devices")
+    return jax.devices("cpu")
+
+
+def read_target(text: str, settings: list[str] | None) -> Target:
+    """The TARGET with its ``--set`` pairs."""
+    return load(text, parse_settings(settings or []))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A target that has been traced, ready to be planned under any restriction.
+
+    Attributes:
+        target: what is planned.
+        traced: its step.
+        trace_s: seconds that tracing took.
+        options: how to plan it.
+        costs: "roofline" or "measured".
+    """
+
+    target: Target
+    traced: Traced
+    trace_s: float
+    options: api.Options
+    costs: str
+
+    def per_mesh(self) -> list[api.Options]:
+        """The options of every mesh to try, with its prices."""
+        return [replace(self.options, mesh=mesh, cost=self._prices(mesh)) for mesh in self.options.meshes()]
+
+    def _prices(self, mesh: Mesh) -> CostModel:
+        roofline = RooflineCost(hardware(self.options.hardware or "cpu"), mesh)
+        return MeasuredCost(roofline, TIMINGS) if self.costs == "measured" else roofline
+
+
+def prepare_job(request: Searching) -> Job:
+    """Loads and traces the target of a command."""
+    if request.costs not in ("roofline", "measured"):
+        raise HardwareError(f"unknown costs '{request.costs}'", fix="choose roofline or measured")
+    mesh = Mesh.parse(request.mesh) if request.mesh else None
+    if mesh and request.devices not in (None, mesh.n_devices):
+        raise MeshError(
+            f"mesh {mesh} has {mesh.n_devices} devices, --devices says {request.devices}",
+            fix="give one of the two",
+        )
+    pins = tuple(map(parse_pin, request.pin or ()))
+    target = read_target(request.target, request.set)
+    force_devices(mesh.n_devices if mesh else request.devices or 0)
+    options = api.Options(
+        mesh=mesh,
+        devices=request.devices or default_devices(),
+        hardware=request.hardware or api.detect_hardware(),
+        memory_gb=request.memory_gb,
+        pins=pins,
+        strict=request.strict,
+        seconds=request.seconds,
+    )
+    for each in options.meshes()[:1]:
+        options.cost_model(each)  # refuses unknown hardware before anything takes time
+    with progress(f"tracing {target.text}"):
+        traced, trace_s = api.traced_in_time(adapted(target))
+    return Job(target, traced, trace_s, options, request.costs)
+
+
+def default_devices() -> int:
+    """As many as there are accelerators; eight where there are none, or one."""
+    n_devices = jax.device_count()
+    return n_devices if jax.default_backend() != "cpu" and n_devices > 1 else DEFAULT_DEVICES
+
+
+def adapted(target: Target) -> Adapted:
+    """The target's step as a pure function of shapes."""
+    step, state, batch = target.abstract()
+    return adapt(step, (state, batch))
+
+
+def plan_job(job: Job, preset: str = "") -> Plan:
+    """The best plan over the meshes, with progress; Ctrl-C keeps the best one so far."""
+    best: Plan | None = None
+    choices = job.per_mesh()
+    with progress("planning") as update:
+        for number, options in enumerate(choices, 1):
+            where = f"planning for mesh {options.mesh} ({number} of {len(choices)})"
+            update(where)
+            told = replace(options, preset=preset, on_progress=_teller(update, where))
+            found = api.plan_traced(job.traced, job.trace_s, told)
+            if best is None or found.prediction.step_s < best.prediction.step_s:
+                best = found
+    assert best is not None
+    return replace(best, provenance=provenance(job))
+
+
+def provenance(job: Job) -> dict[str, str]:
+    """What is needed to plan again."""
+    options = job.options
+    return {
+        "target": job.target.text,
+        "settings": " ".join(f"{name}={value}" for name, value in job.target.settings.items()),
+        "memory_gb": "" if options.memory_gb is None else str(options.memory_gb),
+        "hardware": options.hardware or "",
+        "costs": job.costs,
+    }
+
+
+def _teller(update: Callable[[str], None], where: str) -> Callable[[Any], None]:
+    """Shows incumbent and bound of a running solve."""
+
+    def tell(at: Any) -> None:
+        cost = f"{at.incumbent * 1e3:.3f} ms" if at.incumbent < float("inf") else "none yet"
+        update(f"{where}: {at.stage}, best {cost}, at least {max(at.bound, 0) * 1e3:.3f} ms")
+
+    return tell
+
+
+def plan_request(request: Planning) -> tuple[Job, Plan]:
+    """The plan that a command asks for, saved where it says."""
+    job = prepare_job(request)
+    plan = plan_job(job, request.preset)
+    if request.output is not None:
+        plan.save(request.output)
+        note(f"plan written to {request.output}")
+    return job, plan

@@ -1,0 +1,123 @@
+"""Why a value lies as it does: the search again with each of its other layouts forced, and what that costs."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.errors import AutoparError, InfeasibleError, PinError
+from autopar.ir.program import Value
+from autopar.plan import Plan
+from autopar.planner.graph import Graph
+from autopar.planner.pins import Masks, narrow
+from autopar.planner.search import Prepared
+from autopar.spec import Spec
+
+Replan = Callable[[Masks], Plan]
+"""Plans under masks, as the explained plan was planned otherwise."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A layout that the value could have, with the best plan that gives it.
+
+    Attributes:
+        spec: the layout.
+        chosen: whether it is that of the plan.
+        objective_s, compute_s, communication_s: seconds more than the plan takes.
+        peak_bytes: bytes more at the peak of a device.
+        refused: why no plan has it; empty where one has.
+    """
+
+    spec: Spec
+    chosen: bool
+    objective_s: float = 0.0
+    compute_s: float = 0.0
+    communication_s: float = 0.0
+    peak_bytes: float = 0.0
+    refused: str = ""
+
+
+def find_value(graph: Graph, name: str) -> Value:
+    """The value of a name.
+
+    Raises:
+        PinError: there is none, or it has no layout of its own (every reader makes its piece).
+    """
+    made = [value for eqn in graph.program.equations for value in eqn.outputs]
+    known = {value.name: value for value in (*graph.program.inputs, *made)}
+    if name not in known:
+        close = sorted(known, key=lambda other: _distance(name, other))[:3]
+        raise PinError(
+            f"no value is called '{name}'", where=f"close to it: {', '.join(close)}", fix="name one of them"
+        )
+    if graph.unit(known[name]) is None:
+        raise PinError(
+            f"{name} has no layout: it depends on no argument, so every device makes the piece that it reads",
+            fix="name a value that depends on an argument",
+        )
+    return known[name]
+
+
+def _distance(name: str, other: str) -> tuple[int, int]:
+    """Small where the two share many parts of their paths."""
+    shared = set(name.split("/")) & set(other.split("/"))
+    return -len(shared) - 2 * (name in other), len(other)
+
+
+def specs_of(prepared: Prepared, value: Value) -> tuple[Spec, ...]:
+    """Every layout that the value can have, in the order of the choices that give it."""
+    unit = prepared.graph.unit(value)
+    assert unit is not None
+    return tuple(dict.fromkeys(prepared.formulator.space.output(unit, value)))
+
+
+def alternatives(
+    prepared: Prepared, plan: Plan, name: str, masks: Masks, replan: Replan
+) -> Iterator[Alternative]:
+    """Solves again for each layout of a value, the plan's own first.
+
+    Args:
+        prepared: the step on the plan's mesh.
+        plan: the plan to explain.
+        name: of the value.
+        masks: the restrictions that the plan was made under.
+        replan: solves under masks.
+
+    Raises:
+        PinError: no such value, or one without a layout.
+    """
+    value = find_value(prepared.graph, name)
+    unit = prepared.graph.unit(value)
+    assert unit is not None
+    port = prepared.formulator.space.output(unit, value)
+    own = plan.values.get(name)
+    yield from (Alternative(spec, True) for spec in specs_of(prepared, value) if spec == own)
+    for spec in specs_of(prepared, value):
+        if spec == own:
+            continue
+        narrowed = dict(masks)
+        narrow(narrowed, unit, np.array([choice == spec for choice in port]))
+        if not narrowed[unit].any():
+            yield Alternative(spec, False, refused="the preset or a pin excludes it")
+            continue
+        try:
+            yield _compared(spec, replan(narrowed), plan)
+        except (InfeasibleError, PinError) as error:
+            yield Alternative(spec, False, refused=_reason(error))
+
+
+def _compared(spec: Spec, other: Plan, plan: Plan) -> Alternative:
+    mine, theirs = plan.prediction, other.prediction
+    return Alternative(
+        spec,
+        False,
+        objective_s=other.solution.objective_s - plan.solution.objective_s,
+        compute_s=theirs.compute_s - mine.compute_s,
+        communication_s=theirs.communication_s - mine.communication_s,
+        peak_bytes=theirs.peak_bytes - mine.peak_bytes,
+    )
+
+
+def _reason(error: AutoparError) -> str:
+    return error.what if isinstance(error, InfeasibleError) else "no plan has it"
