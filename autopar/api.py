@@ -116,7 +116,8 @@ def plan_traced(traced: Traced, trace_s: float, options: Options) -> Plan:
         if best is None or found.prediction.step_s < best.prediction.step_s:
             best = found
     assert best is not None
-    return replace(best, solution=replace(best.solution, trace_s=trace_s))
+    named = options.hardware or best.hardware  # the file of a profile, not the name that it bears
+    return replace(best, hardware=named, solution=replace(best.solution, trace_s=trace_s))
 
 
 def plan_prepared(prepared: Prepared, cost: CostModel, options: Options, masks: Masks | None = None) -> Plan:

@@ -178,7 +178,27 @@ class _Builder:
         if waiting:
             self._barrier(waiting)
         outputs = tuple(self._result(atom, spec) for atom, spec in zip(program.outputs, leave, strict=True))
-        return LocalProgram(inputs, outputs, tuple(self.instructions), self.plan.mesh)
+        return LocalProgram(inputs, outputs, self._hoisted(), self.plan.mesh)
+
+    def _hoisted(self) -> tuple[Instruction, ...]:
+        """The instructions, with every move that shrinks a value right behind the equation that makes it.
+
+        A gradient is scattered when it is there, not when the optimizer asks for it; a gather waits for its reader.
+        """
+        early: dict[Slot, list[Move]] = {}
+        for i in self.instructions:
+            if isinstance(i, Move) and i.source.spec.shards(self.sizes) < i.target.spec.shards(self.sizes):
+                early.setdefault(i.source, []).append(i)
+        made = {slot for i in self.instructions if not isinstance(i, Move) for slot in i.outputs}
+        hoisted = {move for slot, moves in early.items() if slot in made for move in moves}
+        ordered: list[Instruction] = []
+        for i in self.instructions:
+            if i in hoisted:
+                continue
+            ordered.append(i)
+            for slot in () if isinstance(i, Move) else i.outputs:
+                ordered += early.get(slot, [])
+        return tuple(ordered)
 
     def _equation(self, eqn: Equation) -> None:
         if eqn.primitive.name in ("scan", "cond") and eqn.bodies:

@@ -4,7 +4,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from autopar.cost import equation_flops, fusible
+from autopar.cost import duplicable, equation_flops, fusible
+from autopar.cost.liveness import kept_values
 from autopar.lowering.local_program import Barrier, Branch, Instruction, LocalProgram, Loop, Move, Run, Slot
 from autopar.plan import Collective
 
@@ -72,28 +73,53 @@ def local_bytes(slot: Slot, local: LocalProgram) -> float:
 
 
 def live_buffers(local: LocalProgram) -> list[Live]:
-    """Every buffer of a step and when it is in use; arguments and results stay, donated results reuse arguments."""
+    """Every buffer of a step and when it is in use; arguments stay, donated results take their place."""
     end = len(local.instructions)
-    born: dict[Slot, int] = dict.fromkeys(local.inputs, 0)
-    last: dict[Slot, int] = {}
-    readers: dict[Slot, list[int]] = {}
-    found: list[Live] = []
-    for position, instruction in enumerate(local.instructions):
-        for slot in _reads(instruction):
-            last[slot] = position
-            readers.setdefault(slot, []).append(position)
-        for slot in _writes(instruction):
-            born[slot] = position
-        for body in _bodies(instruction):
-            found.append(Live(f"inside {instruction.equation.name}", _temporary(body), position, position + 1))
+    kept = kept_values(
+        ((_repeats(i), tuple(_reads(i)), tuple(_writes(i))) for i in local.instructions),
+        lambda slot: local_bytes(slot, local),
+    )
     heavy = [i for i, instruction in enumerate(local.instructions) if not _fuses(instruction)]
-    results = {slot for slot in local.outputs if isinstance(slot, Slot)}
-    for slot, start in born.items():
-        if slot in local.inputs:
-            found.append(Live(slot.value.name, local_bytes(slot, local), 0, end))
-        elif slot not in results and slot in last and _materialised(slot, start, readers[slot], local, heavy):
-            found.append(Live(slot.value.name, local_bytes(slot, local), start, last[slot] + 1))
+    born: dict[Slot, int] = {}
+    last: dict[Slot, int] = {}
+    needed: set[Slot] = set()
+    found = [Live(slot.value.name, local_bytes(slot, local), 0, end) for slot in local.inputs]
+    for position, instruction in enumerate(local.instructions):
+        for read in _reads(instruction):
+            for slot in kept.get(read, (read,)):
+                last[slot] = position
+                if _in_memory(slot, born.get(slot), position, instruction, local, heavy):
+                    needed.add(slot)
+        born.update(dict.fromkeys(_writes(instruction), position))
+        for body in _bodies(instruction):
+            found.append(Live(f"inside {_name(instruction)}", _temporary(body), position, position + 1))
+    done = {*local.inputs, *(slot for slot in local.outputs if isinstance(slot, Slot))}
+    for slot in needed - done:
+        found.append(Live(slot.value.name, local_bytes(slot, local), born[slot], last[slot] + 1))
     return found
+
+
+def _name(instruction: Instruction) -> str:
+    return instruction.equation.name if isinstance(instruction, Run | Loop | Branch) else ""
+
+
+def _in_memory(
+    slot: Slot, born: int | None, read: int, reader: Instruction, local: LocalProgram, heavy: list[int]
+) -> bool:
+    """Whether a read needs a buffer: something that does not fuse makes or reads the value, or runs in between."""
+    if born is None:
+        return False
+    if not _fuses(local.instructions[born]):
+        return True
+    crossed = bisect_left(heavy, read) - bisect_right(heavy, born)
+    return crossed > 0 or not (_fuses(reader) or _reduces(reader))
+
+
+def _repeats(instruction: Instruction) -> bool:
+    """Whether every reader may compute the instruction for itself."""
+    if isinstance(instruction, Run):
+        return duplicable(instruction.equation.primitive.name)
+    return isinstance(instruction, Barrier) or (isinstance(instruction, Move) and _fuses(instruction))
 
 
 def _bodies(instruction: Instruction) -> tuple[LocalProgram, ...]:
@@ -127,16 +153,6 @@ def _fuses(instruction: Instruction) -> bool:
     if isinstance(instruction, Loop | Branch):
         return False
     return fusible(instruction.equation.primitive.name)
-
-
-def _materialised(slot: Slot, start: int, readers: list[int], local: LocalProgram, heavy: list[int]) -> bool:
-    """Whether a slot needs a buffer: made or read by something that does not fuse, or alive across such a thing."""
-    if isinstance(local.instructions[start], Barrier):
-        return False
-    if not _fuses(local.instructions[start]):
-        return True
-    crossed = bisect_left(heavy, readers[-1]) - bisect_right(heavy, start)
-    return crossed > 0 or any(not _fuses(local.instructions[i]) and not _reduces(local.instructions[i]) for i in readers)
 
 
 def _reduces(instruction: Instruction) -> bool:

@@ -12,6 +12,7 @@ projections all read is gathered once).
 piece that it needs.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field, replace
 
@@ -227,8 +228,8 @@ class _Builder:
         carrier: list[bool] = []
         for position, eqn in enumerate(self.eqns):
             rule = self.rules[position]
-            shape = eqn.outputs[0].shape if eqn.outputs else ()
-            full = {k for k, atom in enumerate(eqn.inputs) if isinstance(atom, Value) and atom.shape == shape}
+            size = math.prod(eqn.outputs[0].shape) if eqn.outputs else 1  # a transpose carries too
+            full = {k for k, atom in enumerate(eqn.inputs) if isinstance(atom, Value) and math.prod(atom.shape) == size}
             carries = any(full == set(group) for group in rule.linear if group)
             carries = carries and all(
                 len(self.uses[eqn.inputs[k]]) == 1 and eqn.inputs[k] in self.producer and capable[self.producer[eqn.inputs[k]]]

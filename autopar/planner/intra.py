@@ -101,6 +101,8 @@ class Formulator:
             rows, row_of = _unique(link.source_port)
             columns, column_of = _unique(link.target_port)
             small = reshard_matrix(rows, columns, value.shape, value.itemsize, self.cost, monoid)
+            if monoid != "sum":  # only a partial sum may enter a linear equation
+                small = np.where([bool(spec.partial) for spec in columns], np.inf, small)
             found = self._matrices[key] = np.ascontiguousarray(small[np.ix_(row_of, column_of)]) * link.times
         return found
 

@@ -1,18 +1,23 @@
 """The strategies of the literature, each a function that restricts the search. None is a second code path."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
 from autopar.errors import PresetError
 from autopar.ir.program import Value
 from autopar.planner.flow import Flow, flow_of
-from autopar.planner.graph import Graph, Unit
+from autopar.planner.graph import HEAVY, Graph, Unit
 from autopar.planner.space import Space
 from autopar.sharding.strategies import Split
 
 Masks = Mapping[Unit, np.ndarray]
 Preset = Callable[[Graph, Space], Masks]
+Row = dict[str, Split]
+"""What each axis does under one choice of a unit: splits "batch", "seq", "stream", "expert", "other"; a linear group; None."""
+
+PRODUCTS = (*HEAVY, "gather", "scatter-add")
+"""Equations that meet a weight matrix: contractions, and lookups in a table and their gradients."""
 
 
 class _Draft:
@@ -24,40 +29,58 @@ class _Draft:
         self.kinds = {unit: self.flow.kinds(graph, space, unit) for unit in graph.units}
         self.touching = [unit for unit in graph.units if self.flow.touches(graph, unit)]
         self.apart = [unit for unit in graph.units if not self.flow.touches(graph, unit)]
+        self.products = [unit for unit in self.touching if self._is_product(unit)]
 
-    def keep(self, unit: Unit, allowed: Callable[[dict[str, Split]], bool]) -> None:
+    def _is_product(self, unit: Unit) -> bool:
+        return unit.kind == "equation" and self.graph.program.equations[unit.position].primitive.name in PRODUCTS
+
+    def keep(self, units: Iterable[Unit], allowed: Callable[[Row], bool]) -> None:
         """Keeps the choices whose axes ``allowed`` accepts."""
-        self.narrow(unit, np.array([allowed(row) for row in self.kinds[unit]]))
+        for unit in units:
+            self._narrow(unit, np.array([allowed(row) for row in self.kinds[unit]]))
 
-    def narrow(self, unit: Unit, mask: np.ndarray) -> None:
-        """Keeps the choices that ``mask`` allows, if any are left."""
+    def most(self, units: Iterable[Unit], score: Callable[[Row], float]) -> None:
+        """Keeps the choices of the highest score."""
+        for unit in units:
+            scores = np.array([score(row) for row in self.kinds[unit]])
+            allowed = self.masks.get(unit, np.ones(len(scores), bool))
+            self._narrow(unit, scores == scores[allowed].max())
+
+    def _narrow(self, unit: Unit, mask: np.ndarray) -> None:
         mask = mask & self.masks.get(unit, np.ones(len(mask), bool))
         if mask.any():
             self.masks[unit] = mask
 
-    def most(self, unit: Unit, score: Callable[[dict[str, Split]], float]) -> None:
-        """Keeps the choices of the highest score."""
-        scores = np.array([score(row) for row in self.kinds[unit]])
-        allowed = self.masks.get(unit, np.ones(len(scores), bool))
-        self.narrow(unit, allowed & (scores == scores[allowed].max()))
-
-    def batch_on(self, axes: tuple[str, ...]) -> None:
+    def batch_on(self, units: Iterable[Unit], axes: tuple[str, ...]) -> None:
         """Splits the batch over as many devices of ``axes`` as it divides, and nothing else over them."""
-        sizes = self.space.sizes
-        for unit in self.touching:
-            self.keep(unit, lambda row: all(row[axis] in ("batch", None) or isinstance(row[axis], int) for axis in axes))
-            self.most(unit, lambda row: np.prod([sizes[axis] for axis in axes if row[axis] == "batch"]))
+        units = list(units)
+        self.keep(units, lambda row: all(row[axis] in ("batch", None) or isinstance(row[axis], int) for axis in axes))
+        self.split(units, axes, "batch")
 
-    def whole(self, units: list[Unit], axes: tuple[str, ...]) -> None:
+    def refuse(self, units: Iterable[Unit], axes: Iterable[str], kinds: Iterable[str]) -> None:
+        """Lets no axis split any of ``kinds``."""
+        axes, kinds = tuple(axes), frozenset(kinds)
+        self.keep(units, lambda row: not any(row[axis] in kinds for axis in axes))
+
+    def whole(self, units: Iterable[Unit], axes: tuple[str, ...]) -> None:
         """Splits nothing over ``axes`` (a partial sum may pass)."""
-        for unit in units:
-            self.keep(unit, lambda row: all(row[axis] is None or isinstance(row[axis], int) for axis in axes))
+        self.refuse(units, axes, ("batch", "seq", "stream", "expert", "other"))
 
-    def shard(self, units: list[Unit], axes: tuple[str, ...]) -> None:
-        """Splits over as many devices of ``axes`` as the shape divides."""
+    def split(self, units: Iterable[Unit], axes: tuple[str, ...], *kinds: str) -> None:
+        """Splits dimensions of ``kinds`` (none named: of any) over as many devices of ``axes`` as they divide."""
         sizes = self.space.sizes
-        for unit in units:
-            self.most(unit, lambda row: np.prod([sizes[axis] for axis in axes if row[axis] is not None]))
+
+        def devices(row: Row) -> float:
+            used = [axis for axis in axes if (row[axis] in kinds if kinds else isinstance(row[axis], str))]
+            return float(np.prod([sizes[axis] for axis in used]))
+
+        self.most(units, devices)
+
+    def labelled(self, unit: Unit, label: str) -> bool:
+        """Whether some dimension of the unit is ``label``."""
+        if unit.kind in ("equation", "cluster"):
+            return label in self.flow.factors[unit.position].values()
+        return unit.value is not None and label in self.flow.dims.get(unit.value, ())
 
     def state(self, chosen: Callable[[Value, Flow], bool]) -> list[Unit]:
         """The units of the state arguments that ``chosen`` accepts."""
@@ -69,14 +92,22 @@ def _parameter(value: Value, flow: Flow) -> bool:
     return value in flow.parameters
 
 
+def _matrix(value: Value, flow: Flow) -> bool:
+    return value in flow.parameters and len(value.shape) > 1
+
+
 def _moment(value: Value, flow: Flow) -> bool:
     return value not in flow.parameters
+
+
+def _any(value: Value, flow: Flow) -> bool:
+    return True
 
 
 def dp(graph: Graph, space: Space) -> Masks:
     """Data parallelism: the batch on every axis, everything else replicated (PyTorch DDP, Li et al. 2020)."""
     draft = _Draft(graph, space)
-    draft.batch_on(space.mesh.names)
+    draft.batch_on(draft.touching, space.mesh.names)
     draft.whole(draft.apart, space.mesh.names)
     return draft.masks
 
@@ -84,29 +115,29 @@ def dp(graph: Graph, space: Space) -> Masks:
 def zero1(graph: Graph, space: Space) -> Masks:
     """Sharded optimizer state and update (Xu et al. 2020; ZeRO stage 1, Rajbhandari et al. 2020)."""
     draft = _Draft(graph, space)
-    draft.batch_on(space.mesh.names)
+    draft.batch_on(draft.touching, space.mesh.names)
     draft.whole(draft.state(_parameter), space.mesh.names)
-    draft.shard(draft.state(_moment), space.mesh.names)
+    draft.split(draft.state(_moment), space.mesh.names)
     return draft.masks
 
 
 def zero2(graph: Graph, space: Space) -> Masks:
     """ZeRO stage 2: as stage 1, and gradients exist only as shards once they are reduced."""
     draft = _Draft(graph, space)
-    draft.batch_on(space.mesh.names)
+    draft.batch_on(draft.touching, space.mesh.names)
     draft.whole(draft.state(_parameter), space.mesh.names)
-    draft.shard(draft.state(_moment), space.mesh.names)
+    draft.split(draft.state(_moment), space.mesh.names)
     shapes = {unit.shape for unit in draft.state(_parameter)}
     updates = [unit for unit in draft.apart if unit.kind == "cluster" and unit.shape in shapes]
-    draft.shard(updates, space.mesh.names)
+    draft.split(updates, space.mesh.names)
     return draft.masks
 
 
 def zero3(graph: Graph, space: Space) -> Masks:
     """ZeRO stage 3, FSDP (Zhao et al. 2023): parameters sharded too, gathered where they are used."""
     draft = _Draft(graph, space)
-    draft.batch_on(space.mesh.names)
-    draft.shard(draft.state(lambda value, flow: True), space.mesh.names)
+    draft.batch_on(draft.touching, space.mesh.names)
+    draft.split(draft.state(_any), space.mesh.names)
     return draft.masks
 
 
@@ -115,27 +146,38 @@ def _model_axis(space: Space, name: str) -> str:
     return name if name in space.mesh.names else space.mesh.names[-1]
 
 
-def _tensor_parallel(graph: Graph, space: Space, sequence: bool) -> Masks:
+def _tensor_parallel(graph: Graph, space: Space) -> tuple[_Draft, str]:
+    """What both forms of Megatron share: ``tensor`` splits every matrix, but not along the residual stream."""
     tensor = _model_axis(space, "tensor")
     data = tuple(axis for axis in space.mesh.names if axis != tensor)
-    refused = ("batch",) if sequence else ("batch", "seq")
     draft = _Draft(graph, space)
-    for unit in draft.touching:
-        draft.keep(unit, lambda row: row[tensor] not in refused)
-    draft.batch_on(data)
+    draft.refuse(draft.touching, (tensor,), ("batch", "stream"))
+    draft.refuse(draft.products, (tensor,), ("seq",))
+    draft.batch_on(draft.touching, data)
+    draft.split(draft.products, (tensor,), "other", "expert")
     draft.whole(draft.apart, data)
-    draft.shard([unit for unit in draft.state(_parameter) if len(unit.shape) > 1], (tensor,))
-    return draft.masks
+    draft.refuse(draft.apart, (tensor,), ("stream", "seq"))
+    draft.split(draft.state(_matrix), (tensor,))
+    return draft, tensor
 
 
 def megatron(graph: Graph, space: Space) -> Masks:
     """1-D tensor parallelism (Shoeybi et al. 2019): every weight matrix split over ``tensor``, the batch over the rest."""
-    return _tensor_parallel(graph, space, sequence=False)
+    draft, tensor = _tensor_parallel(graph, space)
+    draft.refuse(draft.touching, (tensor,), ("seq",))
+    return draft.masks
 
 
 def megatron_sp(graph: Graph, space: Space) -> Masks:
     """Megatron with sequence parallelism (Korthikanti et al. 2022): between the matrices ``tensor`` splits the sequence."""
-    return _tensor_parallel(graph, space, sequence=True)
+    draft, tensor = _tensor_parallel(graph, space)
+    others = [u for u in draft.touching if u.kind in ("equation", "cluster") and u not in set(draft.products)]
+    stream = {unit for unit in others if draft.labelled(unit, "stream")}
+    carrying = {unit for unit in stream if any(isinstance(row[tensor], int) for row in draft.kinds[unit])}
+    draft.split(stream - carrying, (tensor,), "seq")
+    draft.keep(carrying, lambda row: row[tensor] == "seq" or isinstance(row[tensor], int))
+    draft.refuse([unit for unit in others if unit not in stream], (tensor,), ("seq",))
+    return draft.masks
 
 
 def tp2d(graph: Graph, space: Space) -> Masks:
@@ -149,16 +191,14 @@ def tp2d(graph: Graph, space: Space) -> Masks:
     tensor = _model_axis(space, "tensor")
     rows = tuple(axis for axis in space.mesh.names if axis != tensor)
     draft = _Draft(graph, space)
-    for unit in draft.touching:
-        draft.keep(unit, lambda row: row[tensor] not in ("batch", "seq"))
-    draft.batch_on(rows)
-    matrices = [unit for unit in draft.state(lambda value, flow: True) if len(unit.shape) > 1]
-    draft.shard(matrices, space.mesh.names)
+    draft.refuse(draft.touching, (tensor,), ("batch", "seq"))
+    draft.batch_on(draft.touching, rows)
+    draft.split([unit for unit in draft.state(_any) if len(unit.shape) > 1], space.mesh.names)
     return draft.masks
 
 
 def gshard(graph: Graph, space: Space) -> Masks:
-    """Expert parallelism (Lepikhin et al. 2021): one group of experts on each device of ``expert``, data parallel elsewhere.
+    """Expert parallelism (Lepikhin et al. 2021): experts on the axis ``expert``, data parallel on every axis elsewhere.
 
     Raises:
         PresetError: the program has no experts.
@@ -167,16 +207,17 @@ def gshard(graph: Graph, space: Space) -> Masks:
     if not draft.flow.experts:
         raise PresetError("preset gshard needs expert weights, the step has none", fix="use it on a mixture of experts")
     expert = _model_axis(space, "expert")
-    experts = {graph.inputs[value] for value in draft.flow.experts}
     rest = tuple(axis for axis in space.mesh.names if axis != expert)
-    arguments = [u for u in draft.touching if u.kind == "input"]
-    for unit in arguments:
-        draft.most(unit, lambda row: sum(kind == "batch" for kind in row.values()))
-    for unit in experts:
-        specs = space.specs(unit.shape)
-        draft.narrow(unit, np.array([expert in spec.dims[0] and not set(rest) & set(spec.axes) for spec in specs]))
-    others = [unit for unit in draft.state(_parameter) if unit not in experts]
-    draft.whole(others, space.mesh.names)
+    experts = {graph.inputs[value] for value in draft.flow.experts}
+    inside = [unit for unit in draft.touching if draft.flow.one_per_expert(graph, unit)]
+    draft.split(inside, (expert,), "expert")
+    draft.batch_on(inside, rest)
+    outside = [unit for unit in draft.touching if unit not in set(inside) and not draft.labelled(unit, "expert")]
+    draft.batch_on(outside, space.mesh.names)
+    draft.batch_on(draft.touching, rest)
+    draft.split(experts, (expert,), "expert")
+    draft.whole(experts, rest)
+    draft.whole([unit for unit in draft.state(_parameter) if unit not in experts], space.mesh.names)
     return draft.masks
 
 

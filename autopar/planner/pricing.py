@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.cost import CostModel, Work, equation_flops, fusible
+from autopar.cost import CostModel, Work, duplicable, equation_flops, fusible
+from autopar.cost.liveness import kept_values
 from autopar.ir.program import Equation, Value
 from autopar.planner.graph import Graph, Group, Unit
 from autopar.planner.space import Port, Space
@@ -131,22 +132,28 @@ def flops_of(eqn: Equation) -> float:
 
 
 def residences(graph: Graph, space: Space, materialised: frozenset[Value]) -> list[Residence]:
-    """Where every value that exists in memory lives, and for how long; state lives throughout."""
-    end = len(graph.program.equations)
-    found = []
-    state_inputs = {graph.program.inputs[i] for i, _ in graph.state}
+    """Where every value that needs memory lives, and for how long; state lives throughout."""
+    equations = graph.program.equations
+    end = len(equations)
+    kept = kept_values(
+        ((duplicable(eqn.primitive.name), tuple(eqn.operands), eqn.outputs) for eqn in equations),
+        lambda value: value.nbytes,
+    )
+    until: dict[Value, int] = {}
+    for value, groups in graph.groups.items():
+        last = max(_needed(group) for group in groups)
+        for root in kept.get(value, (value,)):
+            until[root] = max(until.get(root, 0), last)
+    given = set(graph.program.inputs)
     state_outputs = {graph.program.outputs[o] for _, o in graph.state}
+    found = []
     for value, groups in graph.groups.items():
         unit = graph.unit(value)
         if unit is None or value not in materialised:
             continue
-        born = max(graph.producer.get(value, 0), 0)
-        last = max(_needed(group) for group in groups) + 1
-        port = space.output(unit, value)
-        if value in state_inputs or value in graph.program.inputs:
-            last = end + 1
-        if value not in state_outputs:
-            found.append(Residence(unit, port, born, last, value.nbytes, value))
+        if value in until and value not in state_outputs:
+            born, last = (0, end) if value in given else (graph.producer[value], until[value])
+            found.append(Residence(unit, space.output(unit, value), born, last + 1, value.nbytes, value))
         for group in groups:
             if group.anchor is not None and group.anchor.kind == "view":
                 start, stop = group.uses[0].position, group.uses[-1].position + 1

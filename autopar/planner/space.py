@@ -103,7 +103,8 @@ def _without_scalar_choices(rule: ShardingRule, found: tuple[Strategy, ...]) -> 
     if any(rule.results) or not any(rule.linear):
         return found
     group = next(i for i, operands in enumerate(rule.linear) if operands)
-    return tuple(s for s in found if all(split == group for _, split in s.splits))
+    used = {axis for s in found for axis, split in s.splits if split is not None}  # not those of size 1
+    return tuple(s for s in found if all(split == group for axis, split in s.splits if axis in used))
 
 
 def complete_specs(shape: tuple[int, ...], mesh: Mesh) -> list[Spec]:

@@ -204,10 +204,11 @@ def _moves(spec: Spec, axes: tuple[str, ...], monoid: str) -> Iterator[tuple[Spe
                 yield target, Step("all_to_all", names[kept:], to, from_dim=dim)
     for some in _some(itertools.combinations, partial):
         yield Spec(spec.dims, spec.partial - set(some)), Step("all_reduce", some, monoid=monoid)
-    for some in _some(itertools.permutations, partial) if linear else ():
+    # One axis at a time: XLA's TPU compiler turns a reduce_scatter over the whole mesh into an all_reduce and a slice.
+    for axis in partial if linear else ():
         for dim, names in enumerate(spec.dims):
-            target = _with(Spec(spec.dims, spec.partial - set(some)), dim, names + some)
-            yield target, Step("reduce_scatter", some, dim)
+            target = _with(Spec(spec.dims, spec.partial - {axis}), dim, (*names, axis))
+            yield target, Step("reduce_scatter", (axis,), dim)
     for some in _some(itertools.combinations, idle) if linear else ():
         yield Spec(spec.dims, spec.partial | set(some)), Step("mask", some)
 

@@ -21,7 +21,7 @@ from autopar.solver.rows import Rows
 
 DAMPING = 0.5
 TOLERANCE = 1e-6
-PENALTY_GROWTH = 8.0
+PENALTY_GROWTH, MOST_GROWTH = 8.0, 1e9
 MOST_ITERATIONS = 200
 # The master mixes this many of the latest choices; older ones go unless they are part of the mixture.
 MOST_COLUMNS = 60
@@ -118,30 +118,45 @@ def maximise(
         return dual
     grows = penalty is None
     penalty = max(abs(column.cost), 1.0) / max(rows.limit, 1.0) if penalty is None else penalty
-    while dual.iterations < iterations and dual.bound <= ceiling:
-        value, prices, missing = _mix(dual, rows, penalty)
+    last = penalty * MOST_GROWTH
+    while dual.iterations < iterations and dual.bound <= ceiling and penalty <= last:
+        mixed = _mix(dual, rows, penalty)
+        if mixed is None:
+            break
+        value, prices, missing = mixed
         tolerance = TOLERANCE * max(abs(value), abs(dual.bound), 1.0)
-        if value - dual.bound <= tolerance:
-            if missing <= 1e-9 * rows.limit or not grows:
-                dual.converged = True
+        if value - dual.bound > tolerance:
+            if _ascend(priced, dual, prices, tolerance, on_step):
                 break
+        elif missing <= 1e-9 * rows.limit or not grows:
+            dual.converged = True
+            break
+        else:
             penalty *= PENALTY_GROWTH
-            continue
-        # A damped step that gains nothing shows it at once, and the next one is taken in full.
-        for damping in (DAMPING, 0.0) if len(dual.active) > 1 else (0.0,):
-            trial = priced.pricing.round(prices + damping * (dual.prices - prices))
-            column, bound = priced.solve(trial)
-            dual.iterations += 1
-            dual.columns.append(column)
-            improved = bound > dual.bound + tolerance
-            if improved:
-                dual.bound, dual.prices = bound, trial
-            if on_step(dual, column):
-                return dual
-            if improved or not dual.prices.any():
-                break
-        _forget(dual)
     return dual
+
+
+def _ascend(
+    priced: Priced, dual: Dual, prices: np.ndarray, tolerance: float, on_step: Callable[[Dual, Column], bool]
+) -> bool:
+    """One step towards the master's prices; whether ``on_step`` said stop.
+
+    A damped step that gains nothing shows it at once, and the next one is taken in full.
+    """
+    for damping in (DAMPING, 0.0) if len(dual.active) > 1 else (0.0,):
+        trial = priced.pricing.round(prices + damping * (dual.prices - prices))
+        column, bound = priced.solve(trial)
+        dual.iterations += 1
+        dual.columns.append(column)
+        improved = bound > dual.bound + tolerance
+        if improved:
+            dual.bound, dual.prices = bound, trial
+        if on_step(dual, column):
+            return True
+        if improved or not dual.prices.any():
+            break
+    _forget(dual)
+    return False
 
 
 def maximise_by_weights(priced: Priced, *, on_step: Callable[[Dual, Column], bool], iterations: int) -> Dual:
@@ -194,19 +209,22 @@ def _forget(dual: Dual) -> None:
         dual.columns = [column for at, column in enumerate(dual.columns) if at not in set(spare)]
 
 
-def _mix(dual: Dual, rows: Rows, penalty: float) -> tuple[float, np.ndarray, float]:
+def _mix(dual: Dual, rows: Rows, penalty: float) -> tuple[float, np.ndarray, float] | None:
     """Solve the master over the active rows, adding rows until the mixture violates no other.
 
     Returns:
-        Its value, the prices of all rows, and the bytes over the limit that it had to allow.
+        Its value, the prices of all rows, and the bytes over the limit that it had to allow; None if the
+        linear program is numerically out of reach.
     """
     if not dual.active:
         dual.active = violated_rows(dual.columns[0].usage, rows.limit, [])
     while True:
-        value, prices, shares, missing = _master(dual, rows.limit, penalty)
-        usage = np.tensordot(np.array(shares), np.stack([column.usage for column in dual.columns]), 1)
+        master = _master(dual, rows.limit, penalty)
+        if master is None:
+            return None
+        value, prices, dual.mixture, missing = master
+        usage = np.tensordot(np.array(dual.mixture), np.stack([column.usage for column in dual.columns]), 1)
         more = violated_rows(usage, rows.limit + missing, dual.active)
-        dual.mixture = shares
         if not more:
             full = np.zeros(len(rows.times))
             full[dual.active] = prices
@@ -214,34 +232,29 @@ def _mix(dual: Dual, rows: Rows, penalty: float) -> tuple[float, np.ndarray, flo
         dual.active = dual.active + more
 
 
-def _master(dual: Dual, limit: float, penalty: float) -> tuple[float, np.ndarray, list[float], float]:
+def _master(dual: Dual, limit: float, penalty: float) -> tuple[float, np.ndarray, list[float], float] | None:
     """``min sum w_k cost_k + penalty * over`` with ``sum w_k usage_k <= limit + over``, ``sum w_k = 1``.
 
-    Costs are scaled to the spread of the columns and usage to the limit: the solver's tolerances are
-    absolute.
+    Costs are scaled to the spread of the columns, usage to the limit: the solver's tolerances are absolute.
     """
-    base = min(column.cost for column in dual.columns)
-    limit_scale = max(limit, float(dual.columns[0].usage.max()), 1e-300)
-    spread = max(max(column.cost for column in dual.columns) - base, penalty * limit_scale * 1e-3, 1e-300)
+    columns = dual.columns
+    base = min(column.cost for column in columns)
+    unit = max(limit, float(columns[0].usage.max()), 1e-300)
+    spread = max(max(column.cost for column in columns) - base, penalty * unit * 1e-3, 1e-300)
     model = mathopt.Model()
-    shares = [model.add_variable(lb=0.0) for _ in dual.columns]
+    shares = [model.add_variable(lb=0.0) for _ in columns]
     over = model.add_variable(lb=0.0)
-    one = model.add_linear_constraint(mathopt.fast_sum(shares) == 1.0)
+    model.add_linear_constraint(mathopt.fast_sum(shares) == 1.0)
     listed = []
     for row in dual.active:
-        used = [
-            column.usage[row] / limit_scale * share
-            for column, share in zip(dual.columns, shares, strict=True)
-        ]
-        listed.append(model.add_linear_constraint(mathopt.fast_sum([*used, -over]) <= limit / limit_scale))
-    paid = [(column.cost - base) / spread * share for column, share in zip(dual.columns, shares, strict=True)]
-    model.minimize(mathopt.fast_sum([*paid, penalty * limit_scale / spread * over]))
+        used = [column.usage[row] / unit * share for column, share in zip(columns, shares, strict=True)]
+        listed.append(model.add_linear_constraint(mathopt.fast_sum([*used, -over]) <= limit / unit))
+    paid = [(column.cost - base) / spread * share for column, share in zip(columns, shares, strict=True)]
+    model.minimize(mathopt.fast_sum([*paid, penalty * unit / spread * over]))
     result = mathopt.solve(model, mathopt.SolverType.GLOP)
-    assert one is not None and result.termination.reason == mathopt.TerminationReason.OPTIMAL, (
-        result.termination
-    )
-    prices = np.maximum(-np.array(result.dual_values(listed)), 0.0) * spread / limit_scale
+    if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
+        return None
+    prices = np.maximum(-np.array(result.dual_values(listed)), 0.0) * spread / unit
     mixture = [max(share, 0.0) for share in result.variable_values(shares)]
-    total = sum(mixture)
-    value = base + result.objective_value() * spread
-    return value, prices, [share / total for share in mixture], result.variable_values(over) * limit_scale
+    total, value = sum(mixture), base + result.objective_value() * spread
+    return value, prices, [share / total for share in mixture], result.variable_values(over) * unit

@@ -62,8 +62,8 @@ def order_of(problem: Problem, wide_entries: int) -> Order:
 class Pricing:
     """Node costs at given prices, one table per distinct content: equal layers stay equal.
 
-    Prices are rounded to a power of two small enough not to matter, so that sums of prices over equal rows are equal
-    whatever comes before them; priced costs are whole quanta, like all costs.
+    Prices are rounded to a power of two small enough not to matter, so that sums of prices over equal rows
+    are equal whatever comes before them; priced costs are whole quanta, like all costs.
     """
 
     PRICE_BITS = 40

@@ -43,18 +43,15 @@ def solve(
     """The cheapest feasible choice, or the best one found in time, always with a lower bound.
 
     Args:
-        problem: what to solve; costs below 2**-46 of the sum of the largest ones are lost: forbid with
-            ``math.inf``, not with a large number.
+        problem: what to solve; costs below 2**-46 of their sum are lost, so forbid with ``inf``, not a large cost.
         seconds: wall time after which the incumbent is returned.
-        relative_gap: stop when ``(objective - lower_bound) / objective`` is no larger; a binding limit on a
-            deep program is closed to 0.001 in seconds, and to 0 perhaps never.
+        relative_gap: stop at this gap; a binding limit on a deep program is closed to 0.001 in seconds.
         hint: strategies to start from; ignored where infeasible.
         on_progress: called at each stage and with each better incumbent.
         should_stop: polled; True returns the incumbent. So does Ctrl-C.
 
     Raises:
-        NoChoiceError: an ``InfeasibleError``: no choice is feasible (then it names the least peak and the
-            nodes that make it), or none was found in time.
+        NoChoiceError: an ``InfeasibleError``: no choice is feasible, or none was found in time.
 
     >>> import numpy as np
     >>> costs, matrix = np.array([0.0, 3.0]), np.array([[5.0, 4.0], [0.0, 9.0]])

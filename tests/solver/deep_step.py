@@ -53,47 +53,53 @@ def make_layer(strategies: int, seed: int) -> Layer:
     return Layer(costs, matrices, small)
 
 
-def deep_train_step(layers: int, strategies: int, *, seed: int = 0, limit: float | None = None) -> Problem:
-    layer = make_layer(strategies, seed)
-    nodes: list[np.ndarray] = []
-    edges: list[tuple[int, int, np.ndarray]] = []
-    usages: list[Usage] = []
-
-    def node(name: str) -> int:
-        nodes.append(layer.costs[name])
-        return len(nodes) - 1
-
-    def edge(u: int, v: int, a: str, b: str) -> None:
-        edges.append((u, v, layer.matrices[a, b]))
-
-    def walk(kind: str, before: int) -> tuple[list[int], int]:
-        here = [before]
-        for i in range(1, BLOCK + 1):
-            here.append(node(f"{kind}{i}"))
-            edge(here[i - 1], here[i], f"{kind}{i - 1}", f"{kind}{i}")
-            if i % SKIP == 0 and i > SKIP:
-                edge(here[i - SKIP], here[i], f"{kind}{i - SKIP}", f"{kind}{i}")
-        after = node(f"{kind}0")
-        edge(here[BLOCK], after, f"{kind}{BLOCK}", f"{kind}0")
-        edge(before, after, f"{kind}0", f"{kind}0")
-        return here, after
-
-    stream, forward = node("f0"), []
+def deep_train_step(layers: int, strategies: int, *, seed: int = 0) -> Problem:
+    """The problem without a limit; parameters are live throughout, activations from forward to backward."""
+    draft = _Draft(make_layer(strategies, seed), [], [], [])
+    stream, forward = draft.node("f0"), []
     end = 4 * layers * (BLOCK + 1)
     for _ in range(layers):
-        state = {i: node(f"p{i}") for i in SAVED}
-        here, stream = walk("f", stream)
+        state = {i: draft.node(f"p{i}") for i in SAVED}
+        here, stream = draft.walk("f", stream)
         for i in SAVED:
-            edge(state[i], here[i], f"p{i}", f"f{i}")
-            usages.append(Usage(state[i], 0, end, layer.bytes[f"p{i}"]))
+            draft.edge(state[i], here[i], f"p{i}", f"f{i}")
+            draft.usages.append(Usage(state[i], 0, end, draft.layer.bytes[f"p{i}"]))
         forward.append((state, here))
-    stream = node("b0")
+    stream = draft.node("b0")
     for state, here in reversed(forward):
-        back, stream = walk("b", stream)
+        back, stream = draft.walk("b", stream)
         for i in SAVED:
-            gradient = node(f"g{i}")
-            edge(here[i], back[i], f"f{i}", f"b{i}")
-            edge(back[i], gradient, f"b{i}", f"g{i}")
-            edge(state[i], gradient, f"p{i}", f"g{i}")
-            usages.append(Usage(here[i], here[i], back[i] + 1, layer.bytes[f"f{i}"]))
-    return Problem(tuple(nodes), tuple(edges), tuple(usages), limit)
+            gradient = draft.node(f"g{i}")
+            draft.edge(here[i], back[i], f"f{i}", f"b{i}")
+            draft.edge(back[i], gradient, f"b{i}", f"g{i}")
+            draft.edge(state[i], gradient, f"p{i}", f"g{i}")
+            draft.usages.append(Usage(here[i], here[i], back[i] + 1, draft.layer.bytes[f"f{i}"]))
+    return Problem(tuple(draft.nodes), tuple(draft.edges), tuple(draft.usages))
+
+
+@dataclass(frozen=True)
+class _Draft:
+    layer: Layer
+    nodes: list[np.ndarray]
+    edges: list[tuple[int, int, np.ndarray]]
+    usages: list[Usage]
+
+    def node(self, name: str) -> int:
+        self.nodes.append(self.layer.costs[name])
+        return len(self.nodes) - 1
+
+    def edge(self, u: int, v: int, a: str, b: str) -> None:
+        self.edges.append((u, v, self.layer.matrices[a, b]))
+
+    def walk(self, kind: str, before: int) -> tuple[list[int], int]:
+        """One layer in one direction: its nodes, and the stream after it."""
+        here = [before]
+        for i in range(1, BLOCK + 1):
+            here.append(self.node(f"{kind}{i}"))
+            self.edge(here[i - 1], here[i], f"{kind}{i - 1}", f"{kind}{i}")
+            if i % SKIP == 0 and i > SKIP:
+                self.edge(here[i - SKIP], here[i], f"{kind}{i - SKIP}", f"{kind}{i}")
+        after = self.node(f"{kind}0")
+        self.edge(here[BLOCK], after, f"{kind}{BLOCK}", f"{kind}0")
+        self.edge(before, after, f"{kind}0", f"{kind}0")
+        return here, after
