@@ -129,8 +129,8 @@ def plan_prepared(prepared: Prepared, cost: CostModel, options: Options, masks: 
         masks = restrict(prepared.graph, prepared.formulator, options.preset, options.pins)
     limit = options.limit_bytes(cost)
     allowed = limit
-    for _ in range(MEMORY_ROUNDS):
-        limits = Limits(allowed, options.seconds, on_progress=options.on_progress)
+    for attempt in range(MEMORY_ROUNDS):
+        limits = Limits(allowed, options.seconds, on_progress=options.on_progress, count_copies=attempt > 0)
         found, formulation, choice = search(prepared, limits, masks)
         local = build_local_program(prepared.traced.program, found, cost)
         compute_s = float(
@@ -139,7 +139,8 @@ def plan_prepared(prepared: Prepared, cost: CostModel, options: Options, masks: 
         found = replace(found, prediction=prediction(local, compute_s), preset=options.preset, pins=options.pins)
         if found.prediction.peak_bytes <= limit:
             break
-        allowed *= 0.98 * limit / found.prediction.peak_bytes
+        if attempt > 0:
+            allowed *= 0.98 * limit / found.prediction.peak_bytes
     return replace(found, runtime=(prepared, formulation, choice))
 
 

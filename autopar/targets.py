@@ -34,7 +34,7 @@ class Target:
     settings: Mapping[str, Setting]
 
     def real(self) -> tuple[Callable[..., Any], Any, Any]:
-        """Step, state and batch as arrays; raises TargetError if ``make`` refuses or returns something else."""
+        """Step, state and batch as arrays; raises TargetError if ``make`` refuses."""
         return self._called(self.settings)
 
     def abstract(self) -> tuple[Callable[..., Any], Any, Any]:

@@ -13,6 +13,7 @@ from autopar.cluster import Mesh
 from autopar.cost import RooflineCost, hardware
 from autopar.ir.arguments import adapt
 from autopar.lowering.audit import Audit, Difference, audit, compare
+from autopar.lowering.predict import flops
 from autopar.plan import Plan
 
 TEXT = {"layers": 2, "width": 64, "heads": 8, "vocab": 128, "seq": 32, "batch": 16}
@@ -115,6 +116,11 @@ class Built:
     def audit(self) -> Audit:
         """What the compiler built."""
         return audit(self.executable, self.plan.mesh)
+
+    def flops_ratios(self) -> tuple[float, float]:
+        """XLA's FLOPs over predicted ones: of everything, and of matrix products and convolutions alone."""
+        audited, products = self.audit(), flops(self.compiled.local, ("dot_general", "conv_general_dilated"))
+        return audited.flops / self.plan.prediction.flops, audited.product_flops / products
 
     def differences(self) -> tuple[Difference, ...]:
         """Where compiled collectives are not the predicted ones."""

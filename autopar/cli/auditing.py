@@ -34,13 +34,14 @@ def audit(request: Auditing) -> None:
         jitted = lower(program.local, mesh, program.donated)
         found = read_compiled(jitted.lower(*_shapes(program)).compile(), plan.mesh)
     if request.json:
-        return show_json(_as_json(plan, found))
-    differences = compare(plan.prediction.collectives, found, plan.mesh)
-    show(_figures_table(plan, found), _collectives_table(plan, found, differences))
+        show_json(_as_json(plan, found))
+    else:
+        differences = compare(plan.prediction.collectives, found, plan.mesh)
+        show(_figures_table(plan, found), _collectives_table(plan, found, differences))
 
 
 def _prepare_libtpu() -> None:
-    """What libtpu must find in the environment before JAX starts its backends; the caller's own settings stay."""
+    """Sets what libtpu must find in the environment when JAX starts; the caller's own settings stay."""
     for name, value in TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")

@@ -17,8 +17,9 @@ def plan(request: Planning) -> None:
     """Shows the best plan."""
     _, found = plan_request(request)
     if request.json:
-        return show_json(plan_json(found))
-    show(found, _spent(found))
+        show_json(plan_json(found))
+    else:
+        show(found, _spent(found))
 
 
 def run(request: Running) -> None:
@@ -98,7 +99,7 @@ def _report(plan: Plan, training: Training, as_json: bool) -> None:
             show(f"largest relative difference from one device: {training.max_rel_error:.1e}")
     if checked and not training.max_rel_error <= TOLERANCE:
         note(
-            f"the losses differ from those of one device by {training.max_rel_error:.1e}, more than {TOLERANCE:.0e}",
+            f"losses differ from one device by {training.max_rel_error:.1e}, more than {TOLERANCE:.0e}",
             "red",
         )
         raise typer.Exit(FAILED)

@@ -10,12 +10,13 @@ from autopar.cli.commands import plan_json
 from autopar.cli.console import FAILED, note, progress, show, show_json
 from autopar.cli.options import Searching
 from autopar.cli.planning import Job, prepare_job
-from autopar.errors import AutoparError, InfeasibleError, PinError, PresetError
+from autopar.cost import CostModel
+from autopar.errors import InfeasibleError, PinError, PresetError
 from autopar.plan import Plan
 from autopar.plan.figures import nbytes, seconds
 from autopar.plan.terminal import table
 from autopar.planner.presets import PRESETS
-from autopar.planner.search import prepare
+from autopar.planner.search import Prepared, prepare
 
 UNRESTRICTED = "autopar"
 SLACK = 1e-6
@@ -55,32 +56,24 @@ def preset_names() -> list[str]:
 
 def _entries(job: Job) -> list[Entry]:
     found: dict[str, Entry] = {}
-    choices, names = job.per_mesh(), ["", *preset_names()]
+    names = ["", *preset_names()]
     with progress("comparing") as update:
-        for options in choices:
-            assert options.cost is not None
+        for options, cost in job.per_mesh():
             update(f"building the problem on mesh {options.mesh}")
-            prepared = prepare(job.traced, options.cost, strict=options.strict)
+            prepared = prepare(job.traced, cost, strict=options.strict)
             for name in names:
                 update(f"{name or 'the unrestricted plan'} on mesh {options.mesh}")
-                entry = _entry(
-                    name,
-                    lambda o=options, p=prepared, n=name: api.plan_prepared(p, o.cost, replace(o, preset=n)),
-                )
+                entry = _entry(prepared, cost, replace(options, preset=name))
                 found[name] = _better(found.get(name), entry)
     return [found[name] for name in names]
 
 
-def _entry(name: str, planned: Any) -> Entry:
-    shown = name or UNRESTRICTED
+def _entry(prepared: Prepared, cost: CostModel, options: api.Options) -> Entry:
+    name = options.preset or UNRESTRICTED
     try:
-        return Entry(shown, planned())
+        return Entry(name, api.plan_prepared(prepared, cost, options))
     except (InfeasibleError, PresetError, PinError) as error:
-        return Entry(shown, None, _reason(error))
-
-
-def _reason(error: AutoparError) -> str:
-    return error.what
+        return Entry(name, None, error.what)
 
 
 def _better(old: Entry | None, new: Entry) -> Entry:

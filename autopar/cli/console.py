@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,25 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
     status = Status(text, console=console)
     with status:
         yield lambda line: status.update(line)
+
+
+@contextmanager
+def noticed_interrupts() -> Iterator[list[int]]:
+    """Yields a list that gets an entry for every Ctrl-C, which still raises KeyboardInterrupt.
+
+    A solver that has an incumbent keeps it and ends as if nothing had happened: the list tells.
+    """
+    seen: list[int] = []
+
+    def notice(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, notice)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def reported(run: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""From the options of a command to a plan: loads the target, forces devices, searches, shows how far it is."""
+"""From the options of a command to a plan: loads the target, forces devices, searches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,15 +8,16 @@ from typing import Any
 import jax
 
 from autopar import api
-from autopar.cli.console import note, progress
+from autopar.cli.console import note, noticed_interrupts, progress
 from autopar.cli.options import Planning, Searching
 from autopar.cluster import Mesh
 from autopar.cost import CostModel, RooflineCost, hardware
 from autopar.cost.measured import MeasuredCost
-from autopar.errors import HardwareError, MeshError
+from autopar.errors import AutoparError, HardwareError, InfeasibleError, MeshError, PinError
 from autopar.ir.arguments import Adapted, adapt
 from autopar.ir.trace import Traced
 from autopar.plan import Plan
+from autopar.plan.figures import certificate
 from autopar.planner.pins import parse_pin
 from autopar.targets import Target, load, parse_settings
 
@@ -28,7 +29,7 @@ TIMINGS = Path.home() / ".cache" / "autopar"
 
 
 def force_devices(n_devices: int) -> None:
-    """Makes the CPU stand for as many devices, unless JAX already runs in this process or XLA_FLAGS says how many."""
+    """Makes the CPU stand for as many devices, unless JAX already runs in this process."""
     try:
         jax.config.update("jax_num_cpu_devices", max(n_devices, DEFAULT_DEVICES))
     except RuntimeError:
@@ -67,9 +68,10 @@ class Job:
     options: api.Options
     costs: str
 
-    def per_mesh(self) -> list[api.Options]:
-        """The options of every mesh to try, with its prices."""
-        return [replace(self.options, mesh=mesh, cost=self._prices(mesh)) for mesh in self.options.meshes()]
+    def per_mesh(self) -> list[tuple[api.Options, CostModel]]:
+        """The options and the prices of every mesh to try."""
+        pairs = ((mesh, self._prices(mesh)) for mesh in self.options.meshes())
+        return [(replace(self.options, mesh=mesh, cost=cost), cost) for mesh, cost in pairs]
 
     def _prices(self, mesh: Mesh) -> CostModel:
         roofline = RooflineCost(hardware(self.options.hardware or "cpu"), mesh)
@@ -120,16 +122,31 @@ def adapted(target: Target) -> Adapted:
 def plan_job(job: Job, preset: str = "") -> Plan:
     """The best plan over the meshes, with progress; Ctrl-C keeps the best one so far."""
     best: Plan | None = None
+    refused: AutoparError | None = None
     choices = job.per_mesh()
-    with progress("planning") as update:
-        for number, options in enumerate(choices, 1):
+    with progress("planning") as update, noticed_interrupts() as interrupts:
+        for number, (options, _) in enumerate(choices, 1):
             where = f"planning for mesh {options.mesh} ({number} of {len(choices)})"
             update(where)
             told = replace(options, preset=preset, on_progress=_teller(update, where))
-            found = api.plan_traced(job.traced, job.trace_s, told)
+            try:
+                found = api.plan_traced(job.traced, job.trace_s, told)
+            except (InfeasibleError, PinError) as error:
+                refused = error  # another mesh may do
+                continue
+            except KeyboardInterrupt:
+                if best is None:
+                    raise
+                found = best
             if best is None or found.prediction.step_s < best.prediction.step_s:
                 best = found
-    assert best is not None
+            if interrupts:
+                break
+    if best is None:
+        assert refused is not None
+        raise refused
+    if interrupts:
+        note(f"interrupted: this is the best plan so far, {certificate(best)} on mesh {best.mesh}", "yellow")
     return replace(best, provenance=provenance(job))
 
 

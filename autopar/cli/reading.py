@@ -9,7 +9,7 @@ from autopar.cli.options import Comparing, Explaining
 from autopar.cli.planning import Job, adapted, force_devices, read_target
 from autopar.errors import PlanError
 from autopar.plan import Plan
-from autopar.plan.figures import nbytes, seconds
+from autopar.plan.figures import flops, nbytes, seconds
 from autopar.plan.terminal import escape, table
 from autopar.planner import diff as differ
 from autopar.planner.explain import Alternative, alternatives, find_value, specs_of
@@ -67,13 +67,12 @@ def _job(plan: Plan, request: Explaining) -> Job:
 
 
 def _alternatives(plan: Plan, job: Job, name: str) -> list[Alternative]:
-    (options,) = job.per_mesh()
-    assert options.cost is not None
+    ((options, cost),) = job.per_mesh()
     with progress("building the problem") as update:
-        prepared = prepare(job.traced, options.cost)
+        prepared = prepare(job.traced, cost)
         masks = restrict(prepared.graph, prepared.formulator, plan.preset, plan.pins)
         total, found = len(specs_of(prepared, find_value(prepared.graph, name))), []
-        replan = lambda narrowed: api.plan_prepared(prepared, options.cost, options, narrowed)  # noqa: E731
+        replan = lambda narrowed: api.plan_prepared(prepared, cost, options, narrowed)  # noqa: E731
         update(f"alternative 1 of {total - 1}")
         for one in alternatives(prepared, plan, name, masks, replan):
             found.append(one)
@@ -123,16 +122,14 @@ def diff(request: Comparing) -> None:
     """Shows what two plans decide differently."""
     found = differ.diff(Plan.load(request.before), Plan.load(request.after))
     if request.json:
-        return show_json(_diff_json(found))
+        show_json(_diff_json(found))
+        return
     if not found.same_program:
         note("the plans are for different programs", "yellow")
     if found.empty:
-        return show("the plans decide the same")
-    show(
-        f"mesh {found.mesh[0]} -> {found.mesh[1]}"
-        if found.mesh[0] != found.mesh[1]
-        else f"mesh {found.mesh[0]}"
-    )
+        show("the plans decide the same")
+        return
+    show("mesh " + " -> ".join(dict.fromkeys(found.mesh)))
     show(_figures_table("predicted", found.figures), _modules_table(found.modules))
     show(_figures_table("bytes sent by a device", found.collectives))
 
@@ -142,7 +139,7 @@ def _figures_table(title: str, figures: tuple[differ.Figure, ...]) -> Any:
     for figure in figures:
         text, signed = (seconds, _signed_s) if figure.name.endswith("_s") else (nbytes, _signed_bytes)
         if figure.name == "flops":
-            text = signed = lambda value: f"{value:.4g}"  # noqa: E731
+            text, signed = flops, "{:+.4g}".format
         shown.add_row(figure.name, text(figure.before), text(figure.after), signed(figure.change))
     return shown
 
@@ -150,7 +147,7 @@ def _figures_table(title: str, figures: tuple[differ.Figure, ...]) -> Any:
 def _modules_table(modules: tuple[differ.Module, ...]) -> Any:
     shown = table("layouts", "module|value|before|after")
     for module in modules:
-        count = f"{module.name} ({len(module.changes)} of {module.n_values})"
+        count = f"{module.name or 'outside modules'} ({len(module.changes)} of {module.n_values})"
         for i, change in enumerate(module.changes):
             name = change.name.rpartition("/")[2]
             shown.add_row(count if i == 0 else "", name, _spec(change.before), _spec(change.after))

@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+from rich.table import Table
+
 from autopar.cli.console import progress, show, show_json
 from autopar.cli.options import Solving
 from autopar.errors import ProblemError
@@ -35,9 +37,14 @@ def solve(request: Solving) -> None:
         "strategies": list(choice.strategies),
     }
     if request.json:
-        return show_json(found)
-    shown = table(str(request.problem), "|", "")
-    for name in ("cost", "lower_bound", "gap", "feasible", "seconds"):
-        shown.add_row(name, f"{found[name]:.6g}" if isinstance(found[name], float) else str(found[name]))
-    shown.add_row("peak usage", f"{peak} of {problem.limit:.0f}" if problem.limit is not None else str(peak))
-    show(shown)
+        show_json(found)
+    else:
+        show(_summary(str(request.problem), found, peak, problem.limit))
+
+
+def _summary(name: str, found: dict[str, Any], peak: int, limit: float | None) -> Table:
+    shown = table(name, "|")
+    for key in ("cost", "lower_bound", "gap", "feasible", "seconds"):
+        shown.add_row(key, f"{found[key]:.6g}" if isinstance(found[key], float) else str(found[key]))
+    shown.add_row("peak usage", str(peak) if limit is None else f"{peak} of {limit:.0f}")
+    return shown

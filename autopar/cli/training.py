@@ -84,8 +84,9 @@ def _losses(
 def _parts(result: Any, state: Any) -> tuple[Any, Any]:
     """The next state and the metrics; a step that updates its objects in place returns only metrics."""
     if isinstance(result, tuple) and len(result) > 1:
-        if jax.tree.structure(result[0]) == jax.tree.structure(state):
-            return result[0], result[1]
+        new_state, metrics, *_ = result
+        if jax.tree.structure(new_state) == jax.tree.structure(state):
+            return new_state, metrics
     return state, result
 
 

@@ -42,12 +42,14 @@ class Move:
         resharding: the steps.
         after: set where the same move was made before: it must wait for this slot, lest the compiler merge the two
             and keep the copy alive in between.
+        repeat: how often the same move was made before.
     """
 
     source: Slot
     target: Slot
     resharding: Resharding
     after: Slot | None = None
+    repeat: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,10 +276,10 @@ class _Builder:
         monoid = self.rules.monoid(value)
         resharding = plan_reshard(source.spec, spec, value.shape, value.itemsize, self.cost, monoid)
         key = (value, source.spec, spec)
-        again = self.made.get(key, 0) > 0 and any(step.nbytes for step in resharding.steps)
-        self.made[key] = self.made.get(key, 0) + 1
+        repeat = self.made.get(key, 0) if any(step.nbytes for step in resharding.steps) else 0
+        self.made[key] = repeat + 1
         target = Slot(value, spec)
-        self.instructions.append(Move(source, target, resharding, anchor if again else None))
+        self.instructions.append(Move(source, target, resharding, anchor if repeat else None, repeat))
         return target
 
     def _piece(self, value: Value, spec: Spec) -> Slot:

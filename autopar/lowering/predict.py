@@ -1,7 +1,7 @@
 """What a local program costs, read off its instructions: collectives, memory over time, floating-point operations."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from autopar.cost import duplicable, equation_flops, fusible
@@ -50,12 +50,14 @@ def communication_s(local: LocalProgram) -> float:
     return sum(i.resharding.cost_s * times for i, times in walk(local) if isinstance(i, Move))
 
 
-def flops(local: LocalProgram) -> float:
-    """Floating-point operations of one step on one device."""
+def flops(local: LocalProgram, primitives: Collection[str] | None = None) -> float:
+    """Floating-point operations of one step on one device; only those of ``primitives`` where they are named."""
     sizes = local.mesh.sizes
     total = 0.0
     for instruction, times in walk(local):
-        if isinstance(instruction, Run):
+        if isinstance(instruction, Run) and (
+            primitives is None or instruction.equation.primitive.name in primitives
+        ):
             strategy = instruction.strategy
             operands = [
                 spec.complete.local_shape(atom.aval.shape, sizes)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +12,33 @@ from autopar.sharding.moves import Step
 from autopar.spec import Sizes
 
 
-def execute(steps: Iterable[Step], x: jax.Array, sizes: Sizes) -> jax.Array:
+def execute(steps: Iterable[Step], x: jax.Array, sizes: Sizes, repeat: int = 0) -> jax.Array:
     """The local value after ``steps``, on every device of a ``shard_map`` over the mesh.
 
     Args:
         steps: the moves of a resharding, in order.
         x: the local value: an array of any type, or typed PRNG keys (moved, never combined).
         sizes: devices per mesh axis.
+        repeat: how often the same was done to the same value before. It is done on that many dimensions of size
+            1 more: XLA merges collectives that are equal (on CPU even across barriers, which it drops before it
+            looks for equal instructions a second time), but not ones of different shapes.
     """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         # The words of a key are one more dimension, after those that the steps name.
-        words = execute(steps, jax.random.key_data(x), sizes)
+        words = execute(steps, jax.random.key_data(x), sizes, repeat)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+    x = x.reshape((1,) * repeat + x.shape)
     for step in steps:
-        x = _EXECUTE[step.kind](x, step, sizes)
-    return x
+        x = _EXECUTE[step.kind](x, _shifted(step, repeat), sizes)
+    return x.reshape(x.shape[repeat:])
+
+
+def _shifted(step: Step, dims: int) -> Step:
+    """The step on a value with ``dims`` dimensions more in front."""
+    if not dims:
+        return step
+    dim, from_dim = (None if at is None else at + dims for at in (step.dim, step.from_dim))
+    return replace(step, dim=dim, from_dim=from_dim)
 
 
 def _all_gather(x: jax.Array, step: Step, sizes: Sizes) -> jax.Array:

@@ -63,7 +63,7 @@ def run_instructions(local: LocalProgram, arguments: Sequence[Any]) -> list[Any]
             block = env[instruction.source]
             if instruction.after is not None:
                 block, _ = lax.optimization_barrier((block, env[instruction.after]))
-            env[instruction.target] = execute(instruction.resharding.steps, block, sizes)
+            env[instruction.target] = execute(instruction.resharding.steps, block, sizes, instruction.repeat)
         elif isinstance(instruction, Barrier):
             blocks = lax.optimization_barrier(tuple(env[slot] for slot in instruction.inputs))
             env.update(zip(instruction.outputs, blocks, strict=True))

@@ -1,4 +1,4 @@
-"""The plan: everything that was decided, as plain data that can be read, diffed, edited, saved and run again. No JAX."""
+"""The plan: all that was decided, as plain data to read, diff, edit, save and run again. No JAX."""
 
 from autopar.plan.data import VERSION, Argument, Collective, Plan, Prediction, Solution, View
 

@@ -1,4 +1,4 @@
-"""The plan: everything that was decided, as plain data that can be read, diffed, edited, saved and run again. No JAX."""
+"""The dataclasses of a plan: names, specs and numbers only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -80,7 +80,7 @@ def memory_by_cause(plan: Plan) -> dict[str, float]:
     """Bytes of one device at the peak: each kind of state, the batch, and what the step itself needs."""
     sizes, causes = plan.mesh.sizes, {}
     for argument in plan.arguments:
-        top = argument.name.split("/")[0] if "/" in argument.name else "other state"
+        top = argument.name.split("/")[0] if "/" in argument.name else "state"
         cause = top if argument.state else "batch and constants"
         causes[cause] = causes.get(cause, 0.0) + local_bytes(argument, sizes)
     rest = plan.prediction.peak_bytes - sum(causes.values())
@@ -107,7 +107,7 @@ class Row:
 def argument_rows(plan: Plan) -> tuple[list[Row], list[Row]]:
     """The arguments grouped by name, and apart the moments that lie as their parameter does.
 
-    A moment is a state argument whose name ends as that of an earlier one of the same shape does, after its first part:
+    A moment is a state argument whose name ends as that of an earlier one of the same shape does:
     ``opt_state/1/0/mu/embed/embedding`` of ``params/embed/embedding``.
     """
     known: dict[tuple[str, tuple[int, ...]], Argument] = {}
@@ -178,12 +178,10 @@ def headline(plan: Plan) -> list[tuple[str, str]]:
     p = plan.prediction
     restrictions = [f"preset {plan.preset}"] if plan.preset else []
     restrictions += [f"pin {pattern}={spec}" for pattern, spec in plan.pins]
+    time = f"{seconds(p.compute_s)} compute + {seconds(p.communication_s)} communication"
     rows = [
         ("mesh", f"{plan.mesh} ({plan.mesh.n_devices} devices, {plan.hardware or 'given costs'})"),
-        (
-            "step",
-            f"{seconds(p.step_s)} = {seconds(p.compute_s)} compute + {seconds(p.communication_s)} communication",
-        ),
+        ("step", f"{seconds(p.step_s)} = {time}"),
         ("memory", f"{nbytes(p.peak_bytes)} a device at the peak"),
         ("work", f"{flops(p.flops)} a device"),
         ("cost", f"{seconds(plan.solution.objective_s)}, {certificate(plan)}"),

@@ -16,7 +16,14 @@ WIDTH = 110
 
 def table(title: str, columns: str, right: str = "") -> Table:
     """A plain table; ``columns`` and, of them, those aligned ``right`` are separated by ``|``."""
-    found = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    found = Table(
+        title=f"\n{title}",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
     for name in columns.split("|"):
         aligned = name in right.split("|")
         found.add_column(name, justify="right" if aligned else "left", overflow="fold")

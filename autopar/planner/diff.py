@@ -93,12 +93,12 @@ def _figures(before: Plan, after: Plan) -> tuple[Figure, ...]:
 
 
 def module_of(name: str) -> str:
-    """The module of a value: its name without the last part; itself if it has one part.
+    """The module of a value: its name without the last part; empty if it has one part.
 
     >>> module_of("params/h_0/attn/key/kernel"), module_of("step")
-    ('params/h_0/attn/key', 'step')
+    ('params/h_0/attn/key', '')
     """
-    return name.rpartition("/")[0] or name
+    return name.rpartition("/")[0]
 
 
 def _modules(before: Mapping[str, Spec], after: Mapping[str, Spec]) -> tuple[Module, ...]:

@@ -1,4 +1,4 @@
-"""Why a value lies as it does: the search again with each of its other layouts forced, and what that costs."""
+"""Why a value lies as it does: the search again with each of its other layouts forced."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

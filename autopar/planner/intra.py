@@ -8,7 +8,7 @@ import numpy as np
 from autopar.cost import CostModel
 from autopar.ir.program import Value
 from autopar.planner.graph import Graph, Unit, Use
-from autopar.planner.pricing import Pricing, Residence, residences
+from autopar.planner.pricing import Pricing, Residence, copies, residences
 from autopar.planner.space import Port, Space
 from autopar.sharding.reshard import reshard_matrix
 from autopar.solver import Problem, Usage
@@ -116,9 +116,16 @@ class Formulator:
         return self._matrices[key]
 
     def formulate(
-        self, limit_bytes: float | None = None, allowed: Mapping[Unit, np.ndarray] | None = None
+        self,
+        limit_bytes: float | None = None,
+        allowed: Mapping[Unit, np.ndarray] | None = None,
+        *,
+        count_copies: bool = False,
     ) -> Formulation:
-        """The problem, with memory rows under ``limit_bytes`` and only the ``allowed`` choices (bool masks)."""
+        """The problem, with memory rows under ``limit_bytes`` and only the ``allowed`` choices (bool masks).
+
+        With ``count_copies`` the rows count what equations gather for themselves too: many more rows, seldom needed.
+        """
         units = self.graph.units
         index = {unit: i for i, unit in enumerate(units)}
         links = links_of(self.graph, self.space)
@@ -139,6 +146,8 @@ class Formulator:
         for unit, mask in (allowed or {}).items():
             costs[index[unit]] = np.where(mask, costs[index[unit]], np.inf)
         kept = residences(self.graph, self.space, self.pricing.materialised)
+        if count_copies:
+            kept += copies(self.graph, self.space)
         usages = self._usages(kept, index) if limit_bytes is not None else ()
         problem = Problem(tuple(costs), tuple(edges), usages, limit_bytes)
         return Formulation(problem, units, index, tuple(links), tuple(kept), self.space, self.pricing)
@@ -149,6 +158,8 @@ class Formulator:
         for r in kept:
             key = (index[r.unit], r.start, r.stop)
             nbytes = r.nbytes / self.pricing.shards(r.port)
+            if r.copy:
+                nbytes = nbytes - nbytes.min()
             summed[key] = summed[key] + nbytes if key in summed else nbytes
         return tuple(Usage(node, start, stop, nbytes) for (node, start, stop), nbytes in summed.items())
 

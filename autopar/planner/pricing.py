@@ -13,7 +13,10 @@ from autopar.planner.space import Port, Space
 
 @dataclass(frozen=True, eq=False)
 class Residence:
-    """A value in memory: ``nbytes`` of the whole value over equations [start, stop), laid out as ``unit`` chooses."""
+    """A value in memory: ``nbytes`` of the whole value over equations [start, stop), laid out as ``unit`` chooses.
+
+    A ``copy`` is made for one equation and counts only as far as it is larger than the smallest that a choice allows.
+    """
 
     unit: Unit
     port: Port
@@ -21,6 +24,7 @@ class Residence:
     stop: int
     nbytes: int
     value: Value
+    copy: bool = False
 
 
 class Pricing:
@@ -164,3 +168,19 @@ def residences(graph: Graph, space: Space, materialised: frozenset[Value]) -> li
 def _needed(group: Group) -> int:
     """Until when the group needs the value itself rather than its own copy."""
     return group.uses[-1].position if group.anchor is None else group.uses[0].position
+
+
+def copies(graph: Graph, space: Space) -> list[Residence]:
+    """What equations gather for themselves: operands in the layout that they need, while they run.
+
+    A copy is not needed where the operand has that layout already, which depends on two choices at once; the smallest
+    layout is taken for one that needs none.
+    """
+    found = []
+    for value, groups in graph.groups.items():
+        for use in (use for group in groups for use in group.uses):
+            reader = graph.reader(use)
+            if reader is not None and reader.kind == "equation" and reader is not graph.unit(value):
+                port = space.input(reader, use)
+                found.append(Residence(reader, port, use.position, use.position + 1, value.nbytes, value, copy=True))
+    return found

@@ -54,12 +54,14 @@ class Limits:
         seconds: for the solver.
         relative_gap: the solver may stop when it is this close to the bound.
         on_progress: called while solving.
+        count_copies: count in memory what equations gather for themselves.
     """
 
     memory_bytes: float | None = None
     seconds: float = 60.0
     relative_gap: float = 0.0
     on_progress: Callable[[Progress], None] | None = None
+    count_copies: bool = False
 
 
 def prepare(traced: Traced, cost: CostModel, *, strict: bool = False) -> Prepared:
@@ -97,7 +99,7 @@ def search(prepared: Prepared, limits: Limits, masks: Masks | None = None) -> tu
                 where=f"shape {unit.shape}, mesh {prepared.formulator.cost.mesh}",
                 fix="loosen the pins or the preset that restrict it",
             )
-    formulation = prepared.formulator.formulate(limits.memory_bytes, masks)
+    formulation = prepared.formulator.formulate(limits.memory_bytes, masks, count_copies=limits.count_copies)
     built = time.process_time()
     try:
         choice = solve(

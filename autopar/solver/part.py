@@ -79,9 +79,13 @@ class Search:
         """A lower bound in the caller's costs; never above the incumbent, whose replay rounds differently."""
         self.bound = min(max(self.bound, bound), self.objective)
 
+    def gap(self) -> float:
+        """The relative gap; ``inf`` without incumbent or bound."""
+        return relative_gap(self.objective, self.bound)
+
     def done(self) -> bool:
         """Whether the gap is as small as asked for."""
-        return relative_gap(self.objective, self.bound) <= self.target_gap
+        return self.gap() <= self.target_gap
 
     def choice(self) -> Choice:
         """The incumbent with its certificate.
@@ -94,7 +98,7 @@ class Search:
             raise NoChoiceError(what, -math.inf, (), fix="allow more seconds or a larger limit")
         kept = {"tables_computed": self.tables.misses, "tables_kept": len(self.tables.arrays)}
         stats = self.stats | kept
-        proven = relative_gap(self.objective, self.bound) <= PROVEN_GAP
+        proven = self.gap() <= PROVEN_GAP
         return Choice(self.strategies, self.objective, self.bound, proven, self.seconds(), stats)
 
 

@@ -16,6 +16,9 @@ from autopar.solver.problem import Problem
 from autopar.solver.rows import Rows
 from autopar.solver.tables import Tables
 
+# Numbers (8 bytes each) held in tables beyond which those of earlier prices are dropped.
+KEPT_ENTRIES = 60_000_000
+
 
 class Relaxation(Protocol):
     """Minimise node plus edge costs for other node costs."""
@@ -70,6 +73,7 @@ class Pricing:
 
     def __init__(self, problem: Problem, tables: Tables, rows: Rows) -> None:
         self._tables, self._rows = tables, rows
+        self._mark: tuple[int, int] | None = None
         self._costs = [tables.intern(costs) for costs in problem.nodes]
         sizes = np.array([len(costs) for costs in problem.nodes], np.int64)
         self._first = np.cumsum(sizes) - sizes
@@ -90,7 +94,15 @@ class Pricing:
         return np.floor(prices / grain) * grain
 
     def costs(self, prices: np.ndarray, factors: np.ndarray | None = None) -> list[int]:
-        """Table id of each node's cost plus priced usage, times the node's factor where factors are given."""
+        """Table id of each node's cost plus priced usage, times the node's factor where factors are given.
+
+        The ids hold until the next call.
+        """
+        if self._mark is None:
+            self._mark = self._tables.mark()
+        elif self._tables.entries > KEPT_ENTRIES:
+            # Tables of other prices fill the memory: only those that depend on no price are kept.
+            self._tables.forget(self._mark)
         rows, out = self._rows, list(self._costs)
         weights = rows.weights(prices)
         if factors is not None:

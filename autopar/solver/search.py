@@ -43,7 +43,7 @@ def solve(
     """The cheapest feasible choice, or the best one found in time, always with a lower bound.
 
     Args:
-        problem: what to solve; costs below 2**-46 of their sum are lost, so forbid with ``inf``, not a large cost.
+        problem: what to solve; costs below 2**-46 of their sum are lost: forbid by ``inf``, not a large cost.
         seconds: wall time after which the incumbent is returned.
         relative_gap: stop at this gap; a binding limit on a deep program is closed to 0.001 in seconds.
         hint: strategies to start from; ignored where infeasible.
@@ -128,7 +128,7 @@ def _close_limited(part: Part) -> None:
             _exhausted(search)
         if not last and not search.done() and priced.relaxation.exact:
             branch_on_mixture(part, dual, min(MIXTURE_S, MIXTURE_SHARE * search.remaining()))
-    improve_windows(part)
+    improve_windows(part, search.remaining())
 
 
 def _exhausted(search: Search) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -23,10 +25,12 @@ MOST_SWEEPS = 200
 SWEEPS_PER_LOOK = 5
 # The integer program closes what is at most this large; beyond, its relaxation alone takes minutes.
 MILP_ENTRIES = 400_000
-WINDOW_NODES = 60
+WINDOW_NODES, WINDOW_S = 60, 3.0
 # Numbers held in tables (8 bytes each) at which elimination with wide tables gives up, and how wide these
 # may be.
 MOST_ENTRIES = 200_000_000
+# Prices are found by exact elimination if there is time for this many.
+FEW_ELIMINATIONS = 8
 WIDENING = 10
 
 
@@ -46,15 +50,17 @@ def eliminate_whole(part: Part, widening: int = 1) -> bool:
         return False
 
     search.begin("elimination")
-    search.stats["widest_entries"] = order.widest_entries
+    start, mark = time.perf_counter(), tables.mark()
     relaxation = ExactRelaxation(part.problem, tables, order)
-    tables.most_entries = MOST_ENTRIES
     try:
-        strategies, least = relaxation.minimise([tables.intern(costs) for costs in part.problem.nodes])
+        with tables.at_most(MOST_ENTRIES):
+            strategies, least = relaxation.minimise([tables.intern(costs) for costs in part.problem.nodes])
     except TooManyEntries:
         return False
     finally:
-        tables.most_entries = math.inf
+        tables.forget(mark)
+    search.stats["widest_entries"] = order.widest_entries
+    search.stats["elimination_s"] = time.perf_counter() - start
     if math.isinf(least):
         raise NoChoiceError("forbidden costs exclude every choice", math.inf, (), fix="allow more strategies")
     part.raise_bound(least)
@@ -111,6 +117,8 @@ def _pruned(part: Part, sweeps: Sweeps, costs: list[int], bound: float) -> Part 
         return part
     search, problem = part.search, part.problem
     kept, matrices = sweeps.prune(costs, room)
+    if any(len(labels) == 0 for labels in kept):
+        return None
     edges = tuple((u, v, search.tables.shared(m)) for (u, v), m in zip(sweeps.ends, matrices, strict=True))
     search.poll()
     try:
@@ -128,8 +136,7 @@ def price_memory(part: Part, seconds: float) -> tuple[Priced, Dual]:
     search, rows = part.search, part.rows
     assert rows is not None
     search.begin("prices")
-    order = order_of(part.problem, search.wide_entries)
-    pricing = Pricing(part.problem, search.tables, rows)
+    end = time.perf_counter() + seconds
 
     def on_step(dual: Dual, column: Column) -> bool:
         search.poll()
@@ -138,17 +145,23 @@ def price_memory(part: Part, seconds: float) -> tuple[Priced, Dual]:
             part.offer(column.strategies)
         return search.done() or time.perf_counter() > end
 
-    end = time.perf_counter() + seconds
-    if not order.left:
+    pricing = Pricing(part.problem, search.tables, rows)
+    order = order_of(part.problem, search.wide_entries)
+    if not order.left and search.stats.get("elimination_s", 0.0) * FEW_ELIMINATIONS <= seconds:
         relaxation = ExactRelaxation(part.problem, search.tables, order)
         priced = Priced(relaxation, pricing, rows, part.problem.cost)
-        dual = maximise(priced, on_step=on_step, ceiling=highest_cost(part.problem))
-    else:
-        priced = Priced(Sweeps(part.problem, search.tables), pricing, rows, part.problem.cost)
-        start = time.perf_counter()
-        priced.solve(np.zeros(len(rows.times)))
-        steps = int(max(10.0, min(400.0, seconds / (time.perf_counter() - start))))
-        dual = maximise_by_weights(priced, on_step=on_step, iterations=steps)
+        try:
+            with search.tables.at_most(MOST_ENTRIES):
+                dual = maximise(priced, on_step=on_step, ceiling=highest_cost(part.problem))
+            search.stats["prices_solved"] = dual.iterations
+            return priced, dual
+        except TooManyEntries:
+            pricing = Pricing(part.problem, search.tables, rows)
+    priced = Priced(Sweeps(part.problem, search.tables), pricing, rows, part.problem.cost)
+    start = time.perf_counter()
+    priced.solve(np.zeros(len(rows.times)))
+    steps = int(max(10.0, min(400.0, seconds / (time.perf_counter() - start))))
+    dual = maximise_by_weights(priced, on_step=on_step, iterations=steps)
     search.stats["prices_solved"] = dual.iterations
     return priced, dual
 
@@ -172,7 +185,8 @@ def mix_layers(part: Part, priced: Priced, dual: Dual) -> None:
             part.offer(column.strategies)
         return part.search.done()
 
-    feasible_by_prices(priced, dual, line_layout(part.problem), on_column)
+    with contextlib.suppress(TooManyEntries), part.search.tables.at_most(MOST_ENTRIES):
+        feasible_by_prices(priced, dual, line_layout(part.problem), on_column)
 
 
 def branch_on_mixture(part: Part, dual: Dual, seconds: float) -> None:
@@ -211,27 +225,25 @@ def branch_whole(part: Part) -> bool:
     return math.isinf(outcome.bound)
 
 
-def improve_windows(part: Part) -> None:
-    """Until time ends: free a stretch of the line layout, hold the rest at the incumbent, solve exactly."""
-    search = part.search
-    if part.best is None:
+def improve_windows(part: Part, seconds: float) -> None:
+    """Free a stretch of the line layout, hold the rest at the incumbent, solve exactly; again and again."""
+    search, problem = part.search, part.problem
+    if part.best is None or search.done():
         return
     search.begin("windows")
-    layout, random = line_layout(part.problem), np.random.default_rng(0)
-    size = WINDOW_NODES
-    while not search.done():
+    end = time.perf_counter() + seconds
+    layout, random = line_layout(problem), np.random.default_rng(0)
+    while time.perf_counter() < end and not search.done():
         search.poll()
-        middle = random.integers(len(layout))
-        free = np.abs(layout - middle) * 2 < size
-        held = part.best
-        kept = [
-            np.arange(len(costs)) if free[node] else np.array([held[node]])
-            for node, costs in enumerate(part.problem.nodes)
-        ]
-        small, lift = restrict(part.problem, search.tables, kept)
-        end = time.perf_counter() + min(5.0, 0.9 * search.remaining())
-        outcome = integer_program(
-            small, search.tables, remaining=lambda end=end: end - time.perf_counter(), poll=search.poll
-        )
+        stop = min(end, time.perf_counter() + WINDOW_S)
+        free = np.abs(layout - random.integers(len(layout))) * 2 < WINDOW_NODES
+        held = zip(problem.nodes, part.best, free, strict=True)
+        kept = [np.arange(len(costs)) if is_free else np.array([chosen]) for costs, chosen, is_free in held]
+        small, lift = restrict(problem, search.tables, kept)
+        outcome = integer_program(small, search.tables, remaining=_until(stop), poll=search.poll)
         if outcome.strategies is not None:
             part.offer(lift(outcome.strategies))
+
+
+def _until(end: float) -> Callable[[], float]:
+    return lambda: end - time.perf_counter()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -63,10 +64,10 @@ class Tables:
             content = content.copy() if content is array else content
             content.flags.writeable = False
             self.arrays.append(content)
+            self._of_object[id(content)] = table
             self.entries += content.size
             if self.entries > self.most_entries:
                 raise TooManyEntries
-            self._of_object[id(content)] = table
         return table
 
     def shared(self, array: np.ndarray) -> np.ndarray:
@@ -84,6 +85,30 @@ class Tables:
                 self._poll()
             result = self._memo[key] = function(self, *arguments)
             return result
+
+    def mark(self) -> tuple[int, int]:
+        """Where the store stands now, for ``forget``."""
+        return len(self.arrays), len(self._memo)
+
+    def forget(self, mark: tuple[int, int]) -> None:
+        """Drop tables and results newer than a mark; their ids must not be used again."""
+        # Dictionaries pop the newest item first, and each table has one item in each.
+        while len(self._memo) > mark[1]:
+            self._memo.popitem()
+        while len(self.arrays) > mark[0]:
+            array = self.arrays.pop()
+            self.entries -= array.size
+            self._of_content.popitem()
+            del self._of_object[id(array)]
+
+    @contextmanager
+    def at_most(self, entries: float) -> Iterator[None]:
+        """Within, holding more numbers than this raises ``TooManyEntries``."""
+        before, self.most_entries = self.most_entries, entries
+        try:
+            yield
+        finally:
+            self.most_entries = before
 
     def transpose(self, table: int) -> int:
         """The transposed matrix."""

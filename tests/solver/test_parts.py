@@ -18,7 +18,7 @@ from autopar.solver.messages import Sweeps
 from autopar.solver.presolve import simplify
 from autopar.solver.relaxation import ExactRelaxation, Pricing, order_of
 from autopar.solver.rows import rows_of
-from autopar.solver.tables import Tables
+from autopar.solver.tables import Tables, TooManyEntries
 
 
 def minute():
@@ -37,6 +37,20 @@ def test_equal_tables_have_one_id_and_operations_run_once():
     assert a == b and tables.memo(negate, a) == tables.memo(negate, b)
     assert calls == [a] and tables.misses == 1
     assert tables.add(a, tables.memo(negate, a)) == tables.intern(np.zeros(2))
+
+
+def test_a_store_forgets_what_is_newer_than_a_mark_and_refuses_to_grow_beyond_its_bound():
+    tables = Tables()
+    old = tables.intern(np.ones(3))
+    mark = tables.mark()
+    double = tables.add(old, old)
+    assert tables.entries == 6 and tables.add(old, old) == double and tables.misses == 1
+    tables.forget(mark)
+    assert tables.entries == 3 and tables.intern(np.ones(3)) == old
+    assert tables[tables.add(old, old)].tolist() == [2.0, 2.0, 2.0] and tables.misses == 2
+    with pytest.raises(TooManyEntries), tables.at_most(8):
+        tables.intern(np.arange(9.0))
+    assert tables.most_entries == math.inf
 
 
 def test_an_order_stops_before_a_table_that_would_be_too_wide():
