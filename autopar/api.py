@@ -57,7 +57,7 @@ class Options:
     strict: bool = False
     seconds: float = 60.0
     cost: CostModel | None = None
-    on_progress: Callable[[Any], None] | None = field(default=None, compare=False)
+    on_progress: Callable[[Any], None] | None = field(default=None, compare=False, repr=False)
 
     def meshes(self) -> tuple[Mesh, ...]:
         """The meshes to try."""
@@ -84,18 +84,19 @@ def detect_hardware() -> str:
     return next((profile for mark, profile in known.items() if mark in kind), "cpu")
 
 
-def plan(step: Callable[..., Any], *args: Any, **options: Any) -> Plan:
+def plan(step: Callable[..., Any], *args: Any, static_argnums: Sequence[int] = (), **options: Any) -> Plan:
     """The best plan for ``step(*args)``; shapes suffice, nothing runs and no device is touched.
 
     Args:
         step: a train step: a pure function of pytrees, or one that updates Flax NNX objects.
         *args: its arguments, or ``jax.ShapeDtypeStruct`` in their place.
+        static_argnums: arguments that are hashable Python values.
         **options: see ``Options``.
 
     Raises:
         TraceError, MeshError, PinError, PresetError, HardwareError, InfeasibleError: see their texts.
     """
-    adapted = adapt(step, args)
+    adapted = adapt(step, args, static_argnums)
     return plan_traced(*traced_in_time(adapted), Options(**options))
 
 
@@ -117,7 +118,14 @@ def plan_traced(traced: Traced, trace_s: float, options: Options) -> Plan:
             best = found
     assert best is not None
     named = options.hardware or best.hardware  # the file of a profile, not the name that it bears
-    return replace(best, hardware=named, solution=replace(best.solution, trace_s=trace_s))
+    timed = replace(best.solution, trace_s=trace_s)
+    return replace(best, hardware=named, solution=timed, place=functools.partial(argument_shardings, traced.in_tree))
+
+
+def argument_shardings(tree: Any, plan: Plan, devices: Sequence[Any] | None = None) -> Any:
+    """The plan's specs of the step's arguments as NamedShardings, in the structure ``tree``."""
+    specs = [argument.spec for argument in plan.arguments[: tree.num_leaves]]
+    return jax.tree.unflatten(tree, shardings(specs, device_mesh(plan.mesh, devices)))
 
 
 def plan_prepared(prepared: Prepared, cost: CostModel, options: Options, masks: Masks | None = None) -> Plan:
@@ -136,7 +144,9 @@ def plan_prepared(prepared: Prepared, cost: CostModel, options: Options, masks: 
         compute_s = float(
             sum(formulation.pricing.vector(u)[s] for u, s in zip(formulation.units, choice.strategies, strict=True))
         )
-        found = replace(found, prediction=prediction(local, compute_s), preset=options.preset, pins=options.pins)
+        found = replace(
+            found, prediction=prediction(local, compute_s, cost), preset=options.preset, pins=options.pins
+        )
         if found.prediction.peak_bytes <= limit:
             break
         if attempt > 0:
@@ -144,9 +154,11 @@ def plan_prepared(prepared: Prepared, cost: CostModel, options: Options, masks: 
     return replace(found, runtime=(prepared, formulation, choice))
 
 
-def prediction(local: LocalProgram, compute_s: float) -> Prediction:
+def prediction(local: LocalProgram, compute_s: float, cost: CostModel) -> Prediction:
     """What a local program costs; ``compute_s`` is the planner's price of its equations."""
-    buffers = predict.live_buffers(local)
+    cluster = getattr(cost, "cluster", None)
+    rounds = cluster is not None and cluster.device.rounds_products
+    buffers = predict.live_buffers(local, rounds_products=rounds)
     communication_s = predict.communication_s(local)
     return Prediction(
         step_s=compute_s + communication_s,
@@ -167,13 +179,13 @@ class ParallelStep:
         self._programs: dict[Any, _Compiled] = {}
         functools.update_wrapper(self, step)
 
-    def plan(self, *args: Any) -> Plan:
-        """The plan for these arguments, without running; shapes suffice."""
-        return self.compiled(*args).plan
+    def plan(self, *args: Any, **keywords: Any) -> Plan:
+        """The plan for these arguments, without running; shapes suffice, and no device is touched."""
+        return self.compiled(*args, **keywords).plan
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
         """Runs the step; the state that it returns stays sharded."""
-        adapted = adapt(self.step, args, self.settings.static_argnums)
+        adapted = adapt(self.step, args, self.settings.static_argnums, keywords)
         return self._compiled(adapted).run(adapted)
 
     def init(self, init_fn: Callable[..., Any], *args: Any, batch: Any = None) -> Any:
@@ -190,9 +202,9 @@ class ParallelStep:
         placed = compiled.shardings[: len(jax.tree.leaves(state))]
         return jax.jit(init_fn, out_shardings=jax.tree.unflatten(jax.tree.structure(state), placed))(*args)
 
-    def compiled(self, *args: Any) -> "_Compiled":
+    def compiled(self, *args: Any, **keywords: Any) -> "_Compiled":
         """The program for arguments of these shapes, planned and lowered once."""
-        return self._compiled(adapt(self.step, args, self.settings.static_argnums))
+        return self._compiled(adapt(self.step, args, self.settings.static_argnums, keywords))
 
     def _compiled(self, adapted: Adapted) -> "_Compiled":
         leaves, tree = jax.tree.flatten(adapted.arguments)
@@ -209,7 +221,7 @@ class Settings:
     Attributes:
         plan: a plan to run instead of planning.
         donate: whether the state's buffers may be reused.
-        static_argnums: arguments that are Python values.
+        static_argnums: arguments that are hashable Python values.
         devices: the devices of the mesh, in row-major order; None means the first that JAX sees.
         cache_dir: where plans are kept between runs; None keeps none.
     """
@@ -222,24 +234,40 @@ class Settings:
 
 
 class _Compiled:
-    """One planned, lowered program and how to call it."""
+    """One planned program and how to call it; it is lowered, and devices are touched, when it is first run."""
 
     def __init__(self, adapted: Adapted, options: Options, settings: Settings) -> None:
         traced, trace_s = traced_in_time(adapted)
-        self.traced = traced
-        self.plan = self._find_plan(traced, trace_s, options, settings)
-        cost = replace(options, mesh=self.plan.mesh, hardware=options.hardware or self.plan.hardware or None).cost_model(
-            self.plan.mesh
-        )
-        self.local = build_local_program(traced.program, self.plan, cost)
-        self.mesh = device_mesh(self.plan.mesh, settings.devices)
-        self.shardings = list(shardings([slot.spec for slot in self.local.inputs], self.mesh))
+        self.traced, self.devices = traced, settings.devices
+        found = self._find_plan(traced, trace_s, options, settings)
+        place = functools.partial(argument_shardings, traced.in_tree, devices=settings.devices)
+        self.plan = replace(found, place=place)
+        hardware_name = options.hardware or found.hardware or None
+        cost = replace(options, mesh=found.mesh, hardware=hardware_name).cost_model(found.mesh)
+        self.local = build_local_program(traced.program, found, cost)
         self.donated = tuple(i for i, _ in traced.state) if settings.donate else ()
-        self.function = lower(self.local, self.mesh, self.donated)
-        n_arguments = len(traced.program.arguments)
-        self.constants = [
-            jax.device_put(c, s) for c, s in zip(traced.program.constants, self.shardings[n_arguments:], strict=True)
-        ]
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The devices."""
+        return device_mesh(self.plan.mesh, self.devices)
+
+    @functools.cached_property
+    def shardings(self) -> list[jax.sharding.NamedSharding]:
+        """Where every program input lives: argument leaves, then constants."""
+        return list(shardings([slot.spec for slot in self.local.inputs], self.mesh))
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        """The jitted program on flat inputs."""
+        return lower(self.local, self.mesh, self.donated)
+
+    @functools.cached_property
+    def constants(self) -> list[jax.Array]:
+        """The arrays that the step closes over, on the devices."""
+        program = self.traced.program
+        places = self.shardings[len(program.arguments) :]
+        return [jax.device_put(c, s) for c, s in zip(program.constants, places, strict=True)]
 
     @staticmethod
     def _find_plan(traced: Traced, trace_s: float, options: Options, settings: Settings) -> Plan:
@@ -258,15 +286,18 @@ class _Compiled:
         return found
 
     def place(self, leaves: Sequence[Any]) -> list[Any]:
-        """Puts argument leaves where the plan wants them; a donated buffer is never one that the caller shares."""
-        placed, seen = [], set()
+        """Puts argument leaves where the plan wants them; a buffer to donate is never shared with anything else."""
+        placed, seen, shared = [], set(), []
         donated = set(self.donated)
         for i, (leaf, sharding) in enumerate(zip(leaves, self.shardings, strict=False)):
             there = getattr(leaf, "sharding", None) == sharding
-            if not there or (i in donated and id(leaf) in seen):
-                leaf = jax.device_put(leaf, sharding, may_alias=False if i in donated else None)
+            if i in donated and isinstance(leaf, jax.Array) and (not there or id(leaf) in seen):
+                shared.append(i)
             seen.add(id(leaf))
-            placed.append(leaf)
+            placed.append(leaf if there else jax.device_put(leaf, sharding, may_alias=False if i in donated else None))
+        # device_put may keep a shard of its source, may_alias or not: only a program's results are surely new buffers.
+        for i, copy in zip(shared, _copies([placed[i] for i in shared]), strict=True):
+            placed[i] = copy
         return placed
 
     def run(self, adapted: Adapted) -> Any:
@@ -274,6 +305,11 @@ class _Compiled:
         placed = self.place(jax.tree.leaves(adapted.arguments))
         results = self.function(*placed, *self.constants)
         return adapted.restore(jax.tree.unflatten(self.traced.out_tree, results))
+
+
+@jax.jit
+def _copies(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jax.numpy.copy(array) for array in arrays]
 
 
 def check_fits(plan: Plan, traced: Traced) -> None:
@@ -289,14 +325,19 @@ def check_fits(plan: Plan, traced: Traced) -> None:
         )
 
 
-def compile(step: Callable[..., Any], plan: Plan, *, donate: bool = True, devices: Sequence[Any] | None = None) -> ParallelStep:  # noqa: A001
-    """A callable that runs ``step`` under a plan, on ``devices`` or the first that JAX sees.
+def compile(step: Callable[..., Any], plan: Plan, **settings: Any) -> ParallelStep:  # noqa: A001
+    """A callable that runs ``step`` under a plan.
+
+    Args:
+        step: the step that the plan was made for.
+        plan: the plan.
+        **settings: those of ``Settings``.
 
     Raises:
         PlanError: at the first call, if the plan was made for another program.
         MeshError: there are fewer devices than the plan's mesh needs.
     """
-    return ParallelStep(step, Options(mesh=plan.mesh), Settings(plan=plan, donate=donate, devices=devices))
+    return ParallelStep(step, Options(mesh=plan.mesh), Settings(plan=plan, **settings))
 
 
 _SETTINGS = ("plan", "donate", "static_argnums", "devices", "cache_dir")

@@ -102,6 +102,12 @@ class Device:
     memory_Bps: float
     memory_efficiency: float
 
+    @property
+    def rounds_products(self) -> bool:
+        """Whether matrix products take float32 operands as bfloat16 (TPUs): what only they read is kept rounded."""
+        peaks = dict(self.peak_flops)
+        return peaks["float32"] == peaks.get("bfloat16")
+
     def peak(self, dtype: str) -> float:
         """Operations per second at ``dtype``; a dtype without a figure of its own takes that of float32.
 

@@ -134,6 +134,7 @@ def test_alpa_mlp_as_megatron_costs_no_more_than_alpas_own_plan():
 
 
 WIDE, HIDDEN, BATCH_PER_DEVICE = 1024, 4096, 2048
+SPARE_GB = 0.02  # room for one gathered parameter of 0.017 GB at a time
 
 
 def feed_forward(params: Any, x: jax.Array, y: jax.Array) -> Any:
@@ -160,7 +161,7 @@ def test_meta_feed_forward_in_tight_memory_is_fully_sharded(mesh):
     with pytest.raises(autopar.AutoparError, match="at least") as error:
         feed_forward_plan(mesh, memory_gb=0.001)
     least_gb = float(str(error.value).split("at least ")[1].split(" GB")[0])
-    plan = feed_forward_plan(mesh, memory_gb=least_gb + 0.012)  # less than one whole parameter to spare
+    plan = feed_forward_plan(mesh, memory_gb=least_gb + SPARE_GB)
     axes = set(plan.mesh.names)
     assert {name: set(sum(dims, ())) for name, dims in plan.params.items()} == {"w1": axes, "w2": axes}
     products = batch_factors(plan)
@@ -168,7 +169,7 @@ def test_meta_feed_forward_in_tight_memory_is_fully_sharded(mesh):
     assert all({split for _, split in splits} <= {"m0", "k0"} for splits in products)
     reduced = [c for c in plan.prediction.collectives if c.kind in ("reduce_scatter", "all_reduce")]
     assert {c.kind for c in reduced} == {"reduce_scatter"}
-    assert plan.prediction.peak_bytes <= (least_gb + 0.012) * 1e9
+    assert plan.prediction.peak_bytes <= (least_gb + SPARE_GB) * 1e9
 
 
 @pytest.mark.parametrize("mesh", ["x=256", "x=32,y=8"])

@@ -10,9 +10,10 @@ from autopar.cli.commands import collective_json
 from autopar.cli.console import progress, show, show_json
 from autopar.cli.options import Auditing
 from autopar.cli.planning import devices_for, force_devices, read_target
+from autopar.cluster import Mesh
 from autopar.lowering.audit import Audit, Collective, Difference, compare
 from autopar.lowering.audit import audit as read_compiled
-from autopar.lowering.spmd import lower
+from autopar.lowering.spmd import device_mesh, lower
 from autopar.lowering.topology import TPU_ENVIRONMENT, tpu_mesh
 from autopar.plan import Plan
 from autopar.plan.figures import flops, nbytes
@@ -28,8 +29,8 @@ def audit(request: Auditing) -> None:
     force_devices(plan.mesh.n_devices)
     with progress(f"lowering {target.text} for mesh {plan.mesh}") as update:
         step, state, batch = target.abstract()
-        program = api.compile(step, plan, devices=devices_for(plan.mesh)).compiled(state, batch)
-        mesh = tpu_mesh(request.topology, plan.mesh) if request.topology else program.mesh
+        program = api.compile(step, plan).compiled(state, batch)
+        mesh = _devices(plan.mesh, request.topology)
         update(f"compiling for {request.topology or 'the devices at hand'}")
         jitted = lower(program.local, mesh, program.donated)
         found = read_compiled(jitted.lower(*_shapes(program)).compile(), plan.mesh)
@@ -38,6 +39,11 @@ def audit(request: Auditing) -> None:
     else:
         differences = compare(plan.prediction.collectives, found, plan.mesh)
         show(_figures_table(plan, found), _collectives_table(plan, found, differences))
+
+
+def _devices(mesh: Mesh, topology: str | None) -> jax.sharding.Mesh:
+    """The devices to compile for: those of a TPU topology, or those at hand."""
+    return tpu_mesh(topology, mesh) if topology else device_mesh(mesh, devices_for(mesh))
 
 
 def _prepare_libtpu() -> None:

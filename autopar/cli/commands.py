@@ -26,7 +26,7 @@ def run(request: Running) -> None:
     """Trains under the plan of a file, or under one made now."""
     if request.plan is None:
         planning = Planning(target=request.target, set=request.set, mesh=request.mesh)
-        job, found = plan_request(planning)
+        job, found = plan_request(planning, to_run=True)
         target = job.target
     else:
         found, target = Plan.load(request.plan), read_target(request.target, request.set)
@@ -36,7 +36,7 @@ def run(request: Running) -> None:
 
 def plan_and_run(request: PlanningAndRunning) -> None:
     """Plans, shows the plan, trains."""
-    job, found = plan_request(request)
+    job, found = plan_request(request, to_run=True)
     if not request.json:
         show(found, _spent(found))
     _report(found, train(job.target, found, request.steps, request.check), request.json)
@@ -91,7 +91,7 @@ def _report(plan: Plan, training: Training, as_json: bool) -> None:
         show_json(plan_json(plan) | extra)
     else:
         columns = "step|loss|on one device" if checked else "step|loss|"
-        losses = table("training", columns, columns)
+        losses = table(f"training on {len(training.devices)} {training.devices[0]} devices", columns, columns)
         for row in losses_table(training):
             losses.add_row(*row)
         show(losses, f"{seconds(training.step_time_s)} a step (median after the first)")

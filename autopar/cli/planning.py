@@ -16,6 +16,7 @@ from autopar.cost.measured import MeasuredCost
 from autopar.errors import AutoparError, HardwareError, InfeasibleError, MeshError, PinError
 from autopar.ir.arguments import Adapted, adapt
 from autopar.ir.trace import Traced
+from autopar.lowering.spmd import device_mesh
 from autopar.plan import Plan
 from autopar.plan.figures import certificate
 from autopar.planner.pins import parse_pin
@@ -37,12 +38,14 @@ def force_devices(n_devices: int) -> None:
 
 
 def devices_for(mesh: Mesh) -> Sequence[Any]:
-    """The devices to run on: JAX's own, or CPU devices where those are too few."""
+    """The devices to run on: JAX's own, or CPU devices where those are too few.
+
+    Raises:
+        MeshError: there are too few of either.
+    """
     own = jax.devices()
-    if len(own) >= mesh.n_devices or own[0].platform == "cpu":
-        return own
-    note(f"{len(own)} {own[0].platform} devices, mesh {mesh} needs {mesh.n_devices}: running on CPU devices")
-    return jax.devices("cpu")
+    found = own if len(own) >= mesh.n_devices else jax.devices("cpu")
+    return list(device_mesh(mesh, found).devices.flat)
 
 
 def read_target(text: str, settings: list[str] | None) -> Target:
@@ -172,9 +175,11 @@ def _teller(update: Callable[[str], None], where: str) -> Callable[[Any], None]:
     return tell
 
 
-def plan_request(request: Planning) -> tuple[Job, Plan]:
-    """The plan that a command asks for, saved where it says."""
+def plan_request(request: Planning, *, to_run: bool = False) -> tuple[Job, Plan]:
+    """The plan that a command asks for, saved where it says; refused early if it is ``to_run`` and cannot."""
     job = prepare_job(request)
+    if to_run:
+        devices_for(job.options.meshes()[0])
     plan = plan_job(job, request.preset)
     if request.output is not None:
         plan.save(request.output)

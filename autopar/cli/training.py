@@ -28,11 +28,13 @@ class Training:
     Attributes:
         loss: of each step.
         step_times_s: seconds of each step; the first one compiles.
+        devices: the platform of each device that the plan ran on.
         reference_loss: the same on one device; empty without a check.
     """
 
     loss: tuple[float, ...]
     step_times_s: tuple[float, ...]
+    devices: tuple[str, ...]
     reference_loss: tuple[float, ...] = field(default=())
 
     @property
@@ -56,9 +58,10 @@ def train(target: Target, plan: Plan, steps: int, check: bool) -> Training:
             update(f"{steps} steps on one device, to compare with")
             reference, _ = _losses(_serial(step, state), _copied(state), batch, steps)
         update(f"compiling for mesh {plan.mesh}")
-        parallel = api.compile(step, plan, devices=devices_for(plan.mesh))
+        devices = devices_for(plan.mesh)
+        parallel = api.compile(step, plan, devices=devices)
         losses, times_s = _losses(parallel, state, batch, steps, lambda i: update(f"step {i + 1} of {steps}"))
-    return Training(tuple(losses), tuple(times_s), tuple(reference))
+    return Training(tuple(losses), tuple(times_s), tuple(d.platform for d in devices), tuple(reference))
 
 
 def _losses(

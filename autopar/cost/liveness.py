@@ -11,20 +11,21 @@ def kept_values(
 ) -> Mapping[Item, frozenset[Item]]:
     """For each value the values that must stay in memory so that it can be read.
 
-    A value whose step is cheap enough to repeat in every reader stands for the values it is made of, unless more than
-    one of them is large: then keeping the result is what saves memory (XLA's ComputeGloballyUnfusible).
+    A value whose step fuses stands for the values it is made of where keeping those takes no more memory: XLA
+    repeats such steps in every reader rather than write their result (InstructionFusion with duplication).
 
     Args:
-        steps: (whether XLA repeats the step in its readers, inputs, outputs), in order.
+        steps: (whether the step fuses into its readers, inputs, outputs), in order.
         nbytes: size of a value.
 
     Returns:
         Value -> the values kept in its place, itself if it is kept.
     """
     kept: dict[Item, frozenset[Item]] = {}
-    for repeats, inputs, outputs in steps:
+    for fuses, inputs, outputs in steps:
         sources: frozenset[Item] = frozenset().union(*(kept.get(item, frozenset((item,))) for item in inputs))
         for item in outputs:
-            large = sum(2 * nbytes(source) >= nbytes(item) for source in sources)
-            kept[item] = sources if repeats and large <= 1 else frozenset((item,))
+            own = nbytes(item)
+            large = sum(nbytes(source) for source in sources if 2 * nbytes(source) >= own)
+            kept[item] = sources if fuses and large <= own else frozenset((item,))
     return kept

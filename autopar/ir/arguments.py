@@ -5,7 +5,8 @@ explicit: the pure function takes the objects' arrays and returns their new valu
 them into the caller's objects.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +31,23 @@ class Adapted:
     restore: Callable[[Any], Any]
 
 
-def adapt(step: Callable[..., Any], args: Sequence[Any], static_argnums: Sequence[int] = ()) -> Adapted:
-    """The pure form of ``step(*args)``.
+def adapt(
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    static_argnums: Sequence[int] = (),
+    keywords: Mapping[str, Any] | None = None,
+) -> Adapted:
+    """The pure form of ``step(*args, **keywords)``; the keyword arguments become one last argument, a dictionary.
 
     Args:
         step: a function of pytrees, or of NNX objects that it updates.
         args: its arguments.
         static_argnums: positions of hashable Python values that the step branches on.
+        keywords: its keyword arguments.
     """
-    positions = {i % len(args) for i in static_argnums} if args else set()
+    if keywords:
+        return adapt(functools.partial(_with_keywords, step), (*args, dict(keywords)), _positive(static_argnums, len(args)))
+    positions = set(_positive(static_argnums, len(args)))
     static = {i: args[i] for i in positions}
     dynamic = tuple(arg for i, arg in enumerate(args) if i not in positions)
 
@@ -51,6 +60,14 @@ def adapt(step: Callable[..., Any], args: Sequence[Any], static_argnums: Sequenc
     if not any(has_objects(arg) for arg in dynamic):
         return Adapted(function, dynamic, key, lambda result: result)
     return _adapt_objects(function, dynamic, key)
+
+
+def _with_keywords(step: Callable[..., Any], *args: Any) -> Any:
+    return step(*args[:-1], **args[-1])
+
+
+def _positive(positions: Sequence[int], count: int) -> tuple[int, ...]:
+    return tuple(i % count for i in positions) if count else ()
 
 
 def has_objects(tree: Any) -> bool:

@@ -215,7 +215,7 @@ class _Builder:
         self._run(eqn, rule, strategy)
 
     def _all_axes(self, splits: Mapping[str, Split]) -> dict[str, Split]:
-        return {axis: splits.get(axis) for axis in self.plan.mesh.names}
+        return dict(splits) | {axis: None for axis in self.plan.mesh.names if axis not in splits}
 
     def _run(self, eqn: Equation, rule: ShardingRule, strategy: Strategy) -> tuple[Slot, ...]:
         inputs = self._operands(eqn, strategy.inputs)

@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from autopar.cost import duplicable, equation_flops, fusible
+from autopar.cost import equation_flops, fusible
 from autopar.cost.liveness import kept_values
 from autopar.lowering.local_program import Barrier, Branch, Instruction, LocalProgram, Loop, Move, Run, Slot
 from autopar.plan import Collective
@@ -74,13 +74,21 @@ def local_bytes(slot: Slot, local: LocalProgram) -> float:
     return slot.value.nbytes / slot.spec.shards(local.mesh.sizes)
 
 
-def live_buffers(local: LocalProgram) -> list[Live]:
-    """Every buffer of a step and when it is in use; arguments stay, donated results take their place."""
+def live_buffers(local: LocalProgram, *, rounds_products: bool = False) -> list[Live]:
+    """Every buffer of a step and when it is in use; arguments stay, donated results take their place.
+
+    Args:
+        local: the program.
+        rounds_products: whether what only matrix products read is kept as bfloat16 (``Device.rounds_products``).
+    """
     end = len(local.instructions)
-    kept = kept_values(
-        ((_repeats(i), tuple(_reads(i)), tuple(_writes(i))) for i in local.instructions),
-        lambda slot: local_bytes(slot, local),
-    )
+    rounded = _read_by_products(local) if rounds_products else frozenset()
+
+    def nbytes(slot: Slot) -> float:
+        narrow = slot in rounded and slot.value.itemsize == 4
+        return local_bytes(slot, local) / (2 if narrow else 1)
+
+    kept = kept_values(((_fuses(i), tuple(_reads(i)), tuple(_writes(i))) for i in local.instructions), nbytes)
     heavy = [i for i, instruction in enumerate(local.instructions) if not _fuses(instruction)]
     born: dict[Slot, int] = {}
     last: dict[Slot, int] = {}
@@ -94,10 +102,11 @@ def live_buffers(local: LocalProgram) -> list[Live]:
                     needed.add(slot)
         born.update(dict.fromkeys(_writes(instruction), position))
         for body in _bodies(instruction):
-            found.append(Live(f"inside {_name(instruction)}", _temporary(body), position, position + 1))
+            inside = _temporary(body, rounds_products)
+            found.append(Live(f"inside {_name(instruction)}", inside, position, position + 1))
     done = {*local.inputs, *(slot for slot in local.outputs if isinstance(slot, Slot))}
     for slot in needed - done:
-        found.append(Live(slot.value.name, local_bytes(slot, local), born[slot], last[slot] + 1))
+        found.append(Live(slot.value.name, nbytes(slot), born[slot], last[slot] + 1))
     return found
 
 
@@ -117,11 +126,20 @@ def _in_memory(
     return crossed > 0 or not (_fuses(reader) or _reduces(reader))
 
 
-def _repeats(instruction: Instruction) -> bool:
-    """Whether every reader may compute the instruction for itself."""
-    if isinstance(instruction, Run):
-        return duplicable(instruction.equation.primitive.name)
-    return isinstance(instruction, Barrier) or (isinstance(instruction, Move) and _fuses(instruction))
+_PRODUCTS = ("dot_general", "conv_general_dilated")
+_LAYOUTS = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim")
+
+
+def _read_by_products(local: LocalProgram) -> frozenset[Slot]:
+    """The slots that nothing but matrix products reads, through changes of layout perhaps."""
+    others: set[Slot] = {slot for slot in local.outputs if isinstance(slot, Slot)}
+    seen: set[Slot] = set()
+    for instruction in reversed(local.instructions):
+        name = instruction.equation.primitive.name if isinstance(instruction, Run) else ""
+        passes = isinstance(instruction, Move) or name in _LAYOUTS
+        good = name in _PRODUCTS or (passes and not others & set(_writes(instruction)))
+        (seen if good else others).update(_reads(instruction))
+    return frozenset(seen - others)
 
 
 def _bodies(instruction: Instruction) -> tuple[LocalProgram, ...]:
@@ -130,9 +148,9 @@ def _bodies(instruction: Instruction) -> tuple[LocalProgram, ...]:
     return instruction.bodies if isinstance(instruction, Branch) else ()
 
 
-def _temporary(body: LocalProgram) -> float:
+def _temporary(body: LocalProgram, rounds_products: bool) -> float:
     """The most bytes that a body holds beyond its inputs."""
-    buffers = live_buffers(body)
+    buffers = live_buffers(body, rounds_products=rounds_products)
     return peak(buffers)[0] - sum(local_bytes(slot, body) for slot in body.inputs)
 
 

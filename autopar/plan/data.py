@@ -1,6 +1,6 @@
 """The dataclasses of a plan: names, specs and numbers only."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,11 +147,30 @@ class Plan:
     version: int = VERSION
     runtime: Any = field(default=None, compare=False, repr=False)
     """What ``autopar.plan`` keeps so that the plan can explain and run itself; not saved."""
+    place: Callable[["Plan"], Any] | None = field(default=None, compare=False, repr=False)
+    """Lays the step's arguments out on the devices as the plan says: ``shardings``; not saved."""
 
     @property
     def params(self) -> dict[str, tuple[tuple[str, ...], ...]]:
         """Axes per dimension of every argument that carries state."""
         return {arg.name: arg.spec.dims for arg in self.arguments if arg.state}
+
+    @property
+    def shardings(self) -> Any:
+        """A NamedSharding for every leaf of the step's arguments: a tuple of pytrees like them, for Orbax and data loading.
+
+        NNX objects stand first, as the state that ``nnx.split`` makes of them.
+
+        Raises:
+            PlanError: the plan comes from a file, which knows names and not pytrees.
+            MeshError: there are fewer devices than the plan's mesh needs.
+        """
+        if self.place is None:
+            raise PlanError(
+                "a plan read from a file does not know the pytrees of its step",
+                fix="ask autopar.compile(step, plan).plan(*args).shardings",
+            )
+        return self.place(self)
 
     def to_json(self) -> str:
         """The plan as JSON text; ``from_json`` reads it back equal."""

@@ -1,5 +1,6 @@
 """Why a value lies as it does: the search again with each of its other layouts forced."""
 
+import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -47,7 +48,8 @@ def find_value(graph: Graph, name: str) -> Value:
     made = [value for eqn in graph.program.equations for value in eqn.outputs]
     known = {value.name: value for value in (*graph.program.inputs, *made)}
     if name not in known:
-        close = sorted(known, key=lambda other: _distance(name, other))[:3]
+        holding = [other for other in known if name in other]
+        close = (holding or difflib.get_close_matches(name, known, cutoff=0.0))[:3]
         raise PinError(
             f"no value is called '{name}'", where=f"close to it: {', '.join(close)}", fix="name one of them"
         )
@@ -57,12 +59,6 @@ def find_value(graph: Graph, name: str) -> Value:
             fix="name a value that depends on an argument",
         )
     return known[name]
-
-
-def _distance(name: str, other: str) -> tuple[int, int]:
-    """Small where the two share many parts of their paths."""
-    shared = set(name.split("/")) & set(other.split("/"))
-    return -len(shared) - 2 * (name in other), len(other)
 
 
 def specs_of(prepared: Prepared, value: Value) -> tuple[Spec, ...]:

@@ -68,8 +68,8 @@ class Flow:
         if unit.kind != "equation" or graph.program.equations[unit.position].primitive.name not in HEAVY:
             return False
         expert = {name for name, label in self.factors[unit.position].items() if label == "expert"}
-        layouts = graph.rules[unit.position].operands
-        return bool(expert) and all(any(expert & set(dim) for dim in layout) for layout in layouts)
+        rule = graph.rules[unit.position]
+        return all(any(expert & set(dim) for dim in layout) for layout in (*rule.operands, *rule.results))
 
 
 def _kind(split: Split, labels: dict[str, str]) -> Split:

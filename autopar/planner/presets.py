@@ -212,13 +212,28 @@ def gshard(graph: Graph, space: Space) -> Masks:
     inside = [unit for unit in draft.touching if draft.flow.one_per_expert(graph, unit)]
     draft.split(inside, (expert,), "expert")
     draft.batch_on(inside, rest)
-    outside = [unit for unit in draft.touching if unit not in set(inside) and not draft.labelled(unit, "expert")]
-    draft.batch_on(outside, space.mesh.names)
-    draft.batch_on(draft.touching, rest)
+    between = _neighbours(draft, inside)  # the activation function, in the layout of the products around it
+    draft.batch_on([unit for unit in draft.touching if unit not in between], space.mesh.names)
+    draft.batch_on(between, rest)
     draft.split(experts, (expert,), "expert")
-    draft.whole(experts, rest)
+    draft.refuse(draft.apart, space.mesh.names, ("stream", "seq", "other"))
+    draft.refuse(draft.apart, rest, ("expert",))
+    shapes = {unit.shape for unit in experts}
+    draft.whole([u for u in draft.apart if u.kind == "cluster" and u.shape not in shapes], space.mesh.names)
     draft.whole([unit for unit in draft.state(_parameter) if unit not in experts], space.mesh.names)
     return draft.masks
+
+
+def _neighbours(draft: _Draft, units: list[Unit]) -> set[Unit]:
+    """The units themselves, and all but other products that they read or that read them."""
+    equations, products = draft.graph.program.equations, set(draft.products)
+
+    def values(unit: Unit) -> set[Value]:
+        own = {unit.value} if unit.value is not None else set()
+        return own | {value for i in unit.equations for value in (*equations[i].operands, *equations[i].outputs)}
+
+    near = set().union(*map(values, units))
+    return {*units, *(unit for unit in draft.touching if unit not in products and values(unit) & near)}
 
 
 PRESETS: dict[str, Preset] = {

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.cost import CostModel, Work, duplicable, equation_flops, fusible
+from autopar.cost import CostModel, Work, equation_flops, fusible
 from autopar.cost.liveness import kept_values
 from autopar.ir.program import Equation, Value
 from autopar.planner.graph import Graph, Group, Unit
@@ -15,7 +15,8 @@ from autopar.planner.space import Port, Space
 class Residence:
     """A value in memory: ``nbytes`` of the whole value over equations [start, stop), laid out as ``unit`` chooses.
 
-    A ``copy`` is made for one equation and counts only as far as it is larger than the smallest that a choice allows.
+    A ``copy`` (a view, or what one equation gathers for itself) is not needed where the value has its layout already,
+    which depends on two choices at once: it counts as far as it is larger than the smallest layout.
     """
 
     unit: Unit
@@ -140,7 +141,7 @@ def residences(graph: Graph, space: Space, materialised: frozenset[Value]) -> li
     equations = graph.program.equations
     end = len(equations)
     kept = kept_values(
-        ((duplicable(eqn.primitive.name), tuple(eqn.operands), eqn.outputs) for eqn in equations),
+        ((fusible(eqn.primitive.name), tuple(eqn.operands), eqn.outputs) for eqn in equations),
         lambda value: value.nbytes,
     )
     until: dict[Value, int] = {}
@@ -161,7 +162,8 @@ def residences(graph: Graph, space: Space, materialised: frozenset[Value]) -> li
         for group in groups:
             if group.anchor is not None and group.anchor.kind == "view":
                 start, stop = group.uses[0].position, group.uses[-1].position + 1
-                found.append(Residence(group.anchor, space.specs(value.shape), start, stop, value.nbytes, value))
+                port = space.specs(value.shape)
+                found.append(Residence(group.anchor, port, start, stop, value.nbytes, value, copy=True))
     return found
 
 
@@ -171,11 +173,7 @@ def _needed(group: Group) -> int:
 
 
 def copies(graph: Graph, space: Space) -> list[Residence]:
-    """What equations gather for themselves: operands in the layout that they need, while they run.
-
-    A copy is not needed where the operand has that layout already, which depends on two choices at once; the smallest
-    layout is taken for one that needs none.
-    """
+    """What equations gather for themselves: operands in the layout that they need, while they run."""
     found = []
     for value, groups in graph.groups.items():
         for use in (use for group in groups for use in group.uses):

@@ -16,6 +16,7 @@ from autopar.plan import Argument, Plan, Prediction, Solution
 from autopar.planner.decide import Decisions
 from autopar.planner.graph import Graph, Unit, build_graph
 from autopar.planner.intra import Formulation, Formulator
+from autopar.planner.symmetry import break_symmetry
 from autopar.sharding.lookup import has_rule
 from autopar.solver import Choice, NoChoiceError, Progress, solve
 

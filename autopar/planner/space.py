@@ -104,11 +104,17 @@ def _without_scalar_choices(rule: ShardingRule, found: tuple[Strategy, ...]) -> 
         return found
     group = next(i for i, operands in enumerate(rule.linear) if operands)
     used = {axis for s in found for axis, split in s.splits if split is not None}  # not those of size 1
-    return tuple(s for s in found if all(split == group for axis, split in s.splits if axis in used))
+    return tuple(
+        s for s in found if all(split == group or split in rule.reduce for axis, split in s.splits if axis in used)
+    )
 
 
 def complete_specs(shape: tuple[int, ...], mesh: Mesh) -> list[Spec]:
-    """Every way to put each axis on one dimension or none, where it divides; axes of size 1 stay off."""
+    """Every way to put each axis on one dimension or none, where it divides; axes of size 1 stay off.
+
+    Axes that share a dimension follow the order of the mesh. Every order would be a sixth more choices and many more
+    ties: on gpt with 12 layers it lowered the cost by 1e-6 and doubled the time of the solver.
+    """
     sizes = mesh.sizes
     options = [
         [-1, *(d for d, n in enumerate(shape) if n > 1 and n % size == 0)] if size > 1 else [-1]
@@ -116,9 +122,8 @@ def complete_specs(shape: tuple[int, ...], mesh: Mesh) -> list[Spec]:
     ]
     found = []
     for choice in itertools.product(*options):
-        dims = tuple(
-            tuple(axis for axis, dim in zip(mesh.names, choice, strict=True) if dim == d) for d in range(len(shape))
-        )
+        placed = list(zip(mesh.names, choice, strict=True))
+        dims = tuple(tuple(axis for axis, dim in placed if dim == d) for d in range(len(shape)))
         if all(n % math.prod(sizes[axis] for axis in dim) == 0 for n, dim in zip(shape, dims, strict=True)):
             found.append(Spec(dims))
     return found

@@ -106,7 +106,6 @@ def solve_polytope(
     *,
     integral: bool,
     seconds: float,
-    hint: list[int] | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> Answer:
     """Solve the integer program or its relaxation under the memory rows listed.
@@ -116,7 +115,6 @@ def solve_polytope(
         memory: the rows, the indices of those to impose, and by what fraction to tighten the limit.
         integral: whether choices must be whole.
         seconds: time limit.
-        hint: a feasible choice to start from.
         poll: called while HiGHS works; it may raise to leave (HiGHS itself then ends at its time limit).
     """
     finite = np.isfinite(poly.costs)
@@ -129,10 +127,6 @@ def solve_polytope(
         variable_values_filter=mathopt.VariableFilter(filtered_items=choice),
         dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=[]),
     )
-    if hint is not None and integral:
-        chosen = {int(poly.first[node]) + s for node, s in enumerate(hint)}
-        start = {variable: float(index in chosen) for index, variable in enumerate(choice)}
-        extra.solution_hints.append(mathopt.SolutionHint(variable_values=start))
     result = _run_highs(model, extra, max(seconds, 0.1), poll)
     return _answer(result, choice, scale)
 

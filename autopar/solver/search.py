@@ -17,6 +17,7 @@ from autopar.solver.stages import (
     branch_whole,
     eliminate_whole,
     highest_cost,
+    improve_by_cutsets,
     improve_windows,
     mix_layers,
     price_memory,
@@ -24,11 +25,13 @@ from autopar.solver.stages import (
 )
 
 # A pruned program this small is solved before anything else is tried.
-EASY_ENTRIES = 20_000
+EASY_ENTRIES, EASY_SHARE = 20_000, 0.3
 # Shares of the time left, and the most time, that stages may take which others are to follow.
 PRICE_SHARE, MIXTURE_SHARE, MIXTURE_S = 0.4, 0.2, 10.0
 # Pruning goes on while it leaves less than this share of the edge entries.
 STUCK_SHARE = 0.9
+# Improving the incumbent goes on while it closes this share of the gap.
+STUCK_GAIN, CUTSETS_SHARE = 0.2, 0.2
 
 
 def solve(
@@ -95,17 +98,24 @@ def run(search: Search) -> None:
 
 
 def _close_free(part: Part) -> None:
-    """Without memory rows: bound and prune until tables are narrow, else branch."""
-    while not eliminate_whole(part) and not part.search.done():
+    """Without memory rows: bound, improve and prune until tables are narrow, else branch."""
+    search = part.search
+    while not eliminate_whole(part) and not search.done():
         smaller = bound_and_prune(part)
         if smaller is None:
-            _exhausted(part.search)
+            _exhausted(search)
             return
         if entries_of(smaller.problem) > STUCK_SHARE * entries_of(part.problem):
-            if not eliminate_whole(smaller, WIDENING) and branch_whole(smaller):
-                _exhausted(part.search)
-            return
-        part = smaller
+            if eliminate_whole(smaller, WIDENING):
+                return
+            before = search.objective
+            improve_by_cutsets(part, CUTSETS_SHARE * search.remaining())
+            if search.objective >= before - STUCK_GAIN * search.gap() * abs(before):
+                if branch_whole(smaller, search.remaining()):
+                    _exhausted(search)
+                return
+        else:
+            part = smaller
 
 
 def _close_limited(part: Part) -> None:
@@ -124,7 +134,8 @@ def _close_limited(part: Part) -> None:
             _exhausted(search)
             return
         entries = search.stats["pruned_edge_entries"] = entries_of(smaller.problem)
-        if entries <= (MILP_ENTRIES if last else EASY_ENTRIES) and branch_whole(smaller):
+        most, share = (MILP_ENTRIES, 1.0) if last else (EASY_ENTRIES, EASY_SHARE)
+        if entries <= most and branch_whole(smaller, share * search.remaining()):
             _exhausted(search)
         if not last and not search.done() and priced.relaxation.exact:
             branch_on_mixture(part, dual, min(MIXTURE_S, MIXTURE_SHARE * search.remaining()))

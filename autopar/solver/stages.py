@@ -14,7 +14,7 @@ from autopar.solver.lagrange import Column, Dual, Priced, maximise, maximise_by_
 from autopar.solver.messages import Sweeps
 from autopar.solver.part import Part
 from autopar.solver.presolve import restrict, simplify
-from autopar.solver.primal import feasible_by_prices, line_layout
+from autopar.solver.primal import cutset, feasible_by_prices, line_layout
 from autopar.solver.problem import NoChoiceError, Problem
 from autopar.solver.relaxation import ExactRelaxation, Pricing, order_of
 from autopar.solver.tables import TooManyEntries
@@ -26,6 +26,8 @@ SWEEPS_PER_LOOK = 5
 # The integer program closes what is at most this large; beyond, its relaxation alone takes minutes.
 MILP_ENTRIES = 400_000
 WINDOW_NODES, WINDOW_S = 60, 3.0
+# Tables of the part that a cutset leaves free, and after how many cutsets without gain to stop.
+CUTSET_ENTRIES, MOST_FAILURES = 50_000, 12
 # Numbers held in tables (8 bytes each) at which elimination with wide tables gives up, and how wide these
 # may be.
 MOST_ENTRIES = 200_000_000
@@ -200,22 +202,21 @@ def branch_on_mixture(part: Part, dual: Dual, seconds: float) -> None:
     ]
     small, lift = restrict(part.problem, search.tables, kept)
     end = time.perf_counter() + seconds
-    outcome = integer_program(
-        small, search.tables, remaining=lambda: end - time.perf_counter(), poll=search.poll
-    )
+    outcome = integer_program(small, search.tables, remaining=_until(end), poll=search.poll)
     if outcome.strategies is not None:
         part.offer(lift(outcome.strategies))
 
 
-def branch_whole(part: Part) -> bool:
+def branch_whole(part: Part, seconds: float) -> bool:
     """The integer program on the whole part; whether it proved that nothing better is left."""
     search = part.search
     search.begin("integer program")
-    end = time.perf_counter() + 0.95 * search.remaining() - 0.2
+    # HiGHS overruns its limit a little, and must return before time is up for its incumbent to count.
+    end = time.perf_counter() + min(seconds, 0.95 * search.remaining() - 0.2)
     outcome = integer_program(
         part.problem,
         search.tables,
-        remaining=lambda: end - time.perf_counter(),
+        remaining=_until(end),
         poll=search.poll,
         cutoff=search.objective / part.quantum,
     )
@@ -223,6 +224,30 @@ def branch_whole(part: Part) -> bool:
     if outcome.strategies is not None:
         part.offer(outcome.strategies)
     return math.isinf(outcome.bound)
+
+
+def improve_by_cutsets(part: Part, seconds: float) -> None:
+    """Hold a random cutset at the incumbent such that the rest is narrow, eliminate the rest exactly; again and again."""
+    search, problem, random = part.search, part.problem, np.random.default_rng(0)
+    if part.best is None:
+        return
+    search.begin("cutsets")
+    end, failures = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end and failures < MOST_FAILURES and not search.done():
+        held = cutset(problem, CUTSET_ENTRIES, random)
+        best = part.best
+        kept = [
+            np.array([best[node]]) if node in held else np.arange(len(costs))
+            for node, costs in enumerate(problem.nodes)
+        ]
+        small, lift = restrict(problem, search.tables, kept)
+        mark = search.tables.mark()
+        reduced, back = simplify(small, search.tables)
+        relaxation = ExactRelaxation(reduced, search.tables, order_of(reduced, 10 * CUTSET_ENTRIES))
+        strategies, _ = relaxation.minimise([search.tables.intern(costs) for costs in reduced.nodes])
+        failures = 0 if part.offer(lift(back(strategies))) else failures + 1
+        search.tables.forget(mark)
+        search.poll()
 
 
 def improve_windows(part: Part, seconds: float) -> None:

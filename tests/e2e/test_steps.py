@@ -1,0 +1,27 @@
+"""Every model x mesh x preset on 8 CPU devices: the losses of one device, and the collectives that the plan predicts."""
+
+import pytest
+
+from benchmarks.cases import Built, Case, cases, reference_losses
+
+STEPS = 4
+DEFAULT = {
+    Case("mlp", "a=2,b=2,c=2"),
+    Case("gpt", "data=2,tensor=4"),
+    Case("gpt", "data=8", "zero3"),
+    Case("gpt_nnx", "data=2,tensor=4", "megatron_sp"),
+    Case("moe", "data=2,tensor=4", "gshard"),
+    Case("wide_resnet", "data=8", "dp"),
+}
+"""What the default run takes; the rest is slow."""
+
+TABLE = [pytest.param(case, id=str(case), marks=() if case in DEFAULT else pytest.mark.slow) for case in cases()]
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_a_planned_step_equals_one_device_and_sends_what_its_plan_predicts(case: Case) -> None:
+    built = Built(case)
+    assert built.losses(STEPS) == pytest.approx(reference_losses(case.model, STEPS), rel=1e-5)
+    assert not [difference for difference in built.differences() if not difference.explanation]
+    _, of_products = built.flops_ratios()
+    assert of_products == pytest.approx(1, abs=0.03)
