@@ -12,7 +12,7 @@ import jax
 
 from autopar.cluster import Mesh, mesh_candidates
 from autopar.compat import shape_struct
-from autopar.cost import CostModel, RooflineCost, hardware
+from autopar.cost import CostModel, RooflineCost, hardware, rounds_products
 from autopar.errors import PlanError
 from autopar.ir.arguments import Adapted, adapt
 from autopar.ir.fingerprint import fingerprint
@@ -156,9 +156,7 @@ def plan_prepared(prepared: Prepared, cost: CostModel, options: Options, masks: 
 
 def prediction(local: LocalProgram, compute_s: float, cost: CostModel) -> Prediction:
     """What a local program costs; ``compute_s`` is the planner's price of its equations."""
-    cluster = getattr(cost, "cluster", None)
-    rounds = cluster is not None and cluster.device.rounds_products
-    buffers = predict.live_buffers(local, rounds_products=rounds)
+    buffers = predict.live_buffers(local, rounds_products=rounds_products(cost))
     communication_s = predict.communication_s(local)
     return Prediction(
         step_s=compute_s + communication_s,

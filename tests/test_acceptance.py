@@ -77,7 +77,7 @@ def alpa_plan(batch: int, width: int, costs: Any, preset: str = "") -> tuple[Pla
     plan, _, choice = search(prepared, Limits(), masks)
     assert choice.proven
     local = build_local_program(prepared.traced.program, plan, cost)
-    return replace(plan, prediction=prediction(local, compute_s=0.0)), local, cost
+    return replace(plan, prediction=prediction(local, 0.0, cost)), local, cost
 
 
 def all_gradients(cost: AlpaCost, width: int, axes: tuple[str, ...]) -> float:

@@ -2,7 +2,7 @@
 
 from autopar.cost.alpa import AlpaCost
 from autopar.cost.compute import duplicable, equation_flops, equation_transcendentals, fusible
-from autopar.cost.model import COLLECTIVES, CostModel, RooflineCost, Work
+from autopar.cost.model import COLLECTIVES, CostModel, RooflineCost, Work, rounds_products
 from autopar.cost.profiles import PROFILES, hardware, read_profile, write_profile
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "fusible",
     "hardware",
     "read_profile",
+    "rounds_products",
     "write_profile",
 ]

@@ -29,3 +29,25 @@ def kept_values(
             large = sum(nbytes(source) for source in sources if 2 * nbytes(source) >= own)
             kept[item] = sources if fuses and large <= own else frozenset((item,))
     return kept
+
+
+LAYOUT = "reshape"
+_LAYOUTS = (LAYOUT, "transpose", "squeeze", "expand_dims", "broadcast_in_dim")
+_PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+def read_by_products(
+    steps: Sequence[tuple[str, Iterable[Item], Iterable[Item]]], results: Iterable[Item]
+) -> frozenset[Item]:
+    """The values that nothing but matrix products reads, through changes of layout perhaps.
+
+    Args:
+        steps: (primitive, inputs, outputs), in order; ``LAYOUT`` stands for any step that only moves data.
+        results: what the program returns.
+    """
+    others: set[Item] = set(results)
+    read: set[Item] = set()
+    for primitive, inputs, outputs in reversed(steps):
+        passes = primitive in _LAYOUTS and others.isdisjoint(outputs)
+        (read if passes or primitive in _PRODUCTS else others).update(inputs)
+    return frozenset(read - others)

@@ -209,3 +209,9 @@ def _hierarchical_s(levels: list[Level], nbytes: float) -> float:
         total_s += level.gather_s(nbytes)
         nbytes /= level.size
     return total_s
+
+
+def rounds_products(cost: CostModel) -> bool:
+    """Whether the devices of a cost model take float32 operands of matrix products as bfloat16; False if it has none."""
+    cluster = getattr(getattr(cost, "inner", cost), "cluster", None)
+    return cluster is not None and cluster.device.rounds_products

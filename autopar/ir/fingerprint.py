@@ -3,6 +3,8 @@
 import hashlib
 import re
 
+import numpy as np
+
 from autopar.ir.program import Atom, Constant, Program, Value
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -39,4 +41,4 @@ def fingerprint(program: Program) -> str:
 
 
 def _constant(constant: Constant) -> str:
-    return f"{constant.value!r}:{constant.aval}"
+    return f"{np.asarray(constant.value).item()!r}:{constant.aval}"

@@ -52,7 +52,7 @@ class Constant:
     aval: Any
 
     def __repr__(self) -> str:
-        return f"{self.value}:{self.aval.str_short()}"
+        return f"{np.asarray(self.value)}:{self.aval.str_short()}"
 
 
 Atom = Value | Constant

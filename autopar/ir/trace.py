@@ -145,11 +145,12 @@ def _signature(tree: Any) -> Any:
 
 @dataclass
 class _Flattener:
-    """The state of one flattening: the equations so far and the names in use."""
+    """The state of one flattening: the equations so far, the names in use, and the arrays met on the way."""
 
     equations: list[Equation] = field(default_factory=list)
     used: dict[str, int] = field(default_factory=dict)
     barriers: Any = field(default_factory=itertools.count)
+    hoisted: dict[int, tuple[Value, Any]] = field(default_factory=dict)
 
     def unique(self, base: str) -> str:
         count = self.used.get(base)
@@ -159,13 +160,27 @@ class _Flattener:
         name = f"{base}:{count + 1}"
         return self.unique(name) if name in self.used else name
 
+    def constants(self, jaxpr: Any, consts: Sequence[Any]) -> list[Atom]:
+        """What a jaxpr closes over: scalars are written into the equations, arrays become inputs, each once."""
+        found: list[Atom] = []
+        for const, var in zip(consts, jaxpr.constvars, strict=True):
+            scalar = np.ndim(const) == 0 and not jax.dtypes.issubdtype(var.aval.dtype, jax.dtypes.extended)
+            found.append(Constant(const, var.aval) if scalar else self.array(const, var.aval))
+        return found
+
+    def array(self, const: Any, aval: Any) -> Value:
+        """The input that stands for an array."""
+        if id(const) not in self.hoisted:
+            self.hoisted[id(const)] = (Value(self.unique("constant"), aval), const)
+        return self.hoisted[id(const)][0]
+
     def nested(self, jaxpr: Any, consts: Sequence[Any], scope: str) -> Program:
         """The program of a region's body, with its own list of equations and the same table of names."""
         inner = _Flattener([], self.used, self.barriers)
         inputs = tuple(Value(self.unique(f"{scope}/in"), var.aval) for var in jaxpr.invars)
-        atoms = [Constant(const, var.aval) for const, var in zip(consts, jaxpr.constvars, strict=True)]
-        outputs = inner.inline(jaxpr, atoms, inputs, scope)
-        return Program(inputs, tuple(outputs), tuple(inner.equations))
+        outputs = inner.inline(jaxpr, inner.constants(jaxpr, consts), inputs, scope)
+        values, arrays = zip(*inner.hoisted.values(), strict=True) if inner.hoisted else ((), ())
+        return Program((*inputs, *values), tuple(outputs), tuple(inner.equations), arrays)
 
     def inline(self, jaxpr: Any, consts: Sequence[Atom], inputs: Sequence[Atom], scope: str) -> list[Atom]:
         """Adds the equations of a jaxpr; returns its outputs."""
@@ -188,24 +203,24 @@ class _Flattener:
             return inputs
         if name in _CALLS and _CALLS[name] in eqn.params:
             jaxpr, consts = _open(eqn.params[_CALLS[name]])
-            atoms = [Constant(const, var.aval) for const, var in zip(consts, jaxpr.constvars, strict=True)]
-            return self.inline(jaxpr, atoms, inputs, scope)
+            return self.inline(jaxpr, self.constants(jaxpr, consts), inputs, scope)
         if name in _REMAT:
             jaxpr, consts = _open(eqn.params["jaxpr"])
             if eqn.params["differentiated"] and eqn.params["prevent_cse"]:
                 inputs = self.barrier(inputs, scope)
-            return self.inline(jaxpr, [Constant(c, None) for c in consts], inputs, scope)
+            return self.inline(jaxpr, self.constants(jaxpr, consts), inputs, scope)
         base = f"{_clean(scope)}/{name}".lstrip("/")
         outputs = tuple(Value(self.unique(base), var.aval) for var in eqn.outvars)
         bodies = tuple(
             self.nested(*_open(eqn.params[key][i] if i is not None else eqn.params[key]), outputs[0].name)
             for key, i in _bodies(eqn)
         )
+        inputs, bodies, params = self.opened(eqn, inputs, bodies)
         kept = Equation(
             eqn.primitive,
             tuple(inputs),
             outputs,
-            eqn.params,
+            params,
             outputs[0].name if outputs else self.unique(base),
             eqn.source_info,
             "transpose(" in scope,
@@ -213,6 +228,29 @@ class _Flattener:
         )
         self.equations.append(kept)
         return outputs
+
+    def opened(
+        self, eqn: Any, inputs: list[Atom], bodies: tuple[Program, ...]
+    ) -> tuple[list[Atom], tuple[Program, ...], dict[str, Any]]:
+        """Passes the arrays that bodies close over as operands (a while loop is run as it is and keeps them)."""
+        if eqn.primitive.name not in ("scan", "cond") or not any(body.constants for body in bodies):
+            return inputs, bodies, eqn.params
+        outer: list[Atom] = []
+        added: list[list[Value]] = [[] for _ in bodies]
+        for body in bodies:
+            for value, const in zip(body.inputs[len(body.arguments) :], body.constants, strict=True):
+                outer.append(self.array(const, value.aval))
+                for other, extra in zip(bodies, added, strict=True):
+                    extra.append(value if other is body else Value(self.unique(value.name), value.aval))
+        is_scan = eqn.primitive.name == "scan"
+        at = eqn.params["num_consts"] if is_scan else len(bodies[0].arguments)
+        opened = tuple(
+            Program((*body.arguments[:at], *extra, *body.arguments[at:]), body.outputs, body.equations)
+            for body, extra in zip(bodies, added, strict=True)
+        )
+        params = eqn.params | ({"num_consts": at + len(outer)} if is_scan else {})
+        first = at if is_scan else at + 1  # the first operand of a cond picks the branch
+        return [*inputs[:first], *outer, *inputs[first:]], opened, params
 
     def barrier(self, inputs: list[Atom], scope: str) -> list[Atom]:
         """One optimization barrier over all inputs, written as an equation a value so that specs stay apart."""
@@ -276,17 +314,10 @@ def flatten(closed: Any, names: Sequence[str]) -> Program:
     arguments = tuple(
         Value(flattener.unique(name), var.aval) for name, var in zip(names, jaxpr.invars, strict=True)
     )
-    atoms: list[Atom] = []
-    hoisted: list[tuple[Value, Any]] = []
     constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    for var in jaxpr.constvars:
-        const = constants[var]
-        if np.ndim(const) == 0 and not jax.dtypes.issubdtype(var.aval.dtype, jax.dtypes.extended):
-            atoms.append(Constant(const, var.aval))
-        else:
-            hoisted.append((Value(flattener.unique("constant"), var.aval), const))
-            atoms.append(hoisted[-1][0])
+    atoms = flattener.constants(jaxpr, [constants[var] for var in jaxpr.constvars])
     outputs = flattener.inline(jaxpr, atoms, arguments, "")
+    hoisted = flattener.hoisted.values()
     return _live(
         Program(
             (*arguments, *(value for value, _ in hoisted)),

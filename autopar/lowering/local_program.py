@@ -5,7 +5,7 @@ prediction counts these instructions and the execution runs them, so that what i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.cluster import Mesh
 from autopar.errors import PlanError
@@ -199,7 +199,7 @@ class _Builder:
                 continue
             ordered.append(i)
             for slot in () if isinstance(i, Move) else i.outputs:
-                ordered += early.get(slot, [])
+                ordered += [replace(move, after=None) for move in early.get(slot, [])]  # it would wait for what is not made
         return tuple(ordered)
 
     def _equation(self, eqn: Equation) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from autopar.cost import equation_flops, fusible
-from autopar.cost.liveness import kept_values
+from autopar.cost.liveness import LAYOUT, kept_values, read_by_products
 from autopar.lowering.local_program import Barrier, Branch, Instruction, LocalProgram, Loop, Move, Run, Slot
 from autopar.plan import Collective
 
@@ -126,20 +126,13 @@ def _in_memory(
     return crossed > 0 or not (_fuses(reader) or _reduces(reader))
 
 
-_PRODUCTS = ("dot_general", "conv_general_dilated")
-_LAYOUTS = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim")
-
-
 def _read_by_products(local: LocalProgram) -> frozenset[Slot]:
-    """The slots that nothing but matrix products reads, through changes of layout perhaps."""
-    others: set[Slot] = {slot for slot in local.outputs if isinstance(slot, Slot)}
-    seen: set[Slot] = set()
-    for instruction in reversed(local.instructions):
-        name = instruction.equation.primitive.name if isinstance(instruction, Run) else ""
-        passes = isinstance(instruction, Move) or name in _LAYOUTS
-        good = name in _PRODUCTS or (passes and not others & set(_writes(instruction)))
-        (seen if good else others).update(_reads(instruction))
-    return frozenset(seen - others)
+    """The slots that nothing but matrix products reads."""
+    steps = [
+        (i.equation.primitive.name if isinstance(i, Run) else LAYOUT if isinstance(i, Move) else "", _reads(i), _writes(i))
+        for i in local.instructions
+    ]
+    return read_by_products(steps, (slot for slot in local.outputs if isinstance(slot, Slot)))
 
 
 def _bodies(instruction: Instruction) -> tuple[LocalProgram, ...]:

@@ -157,7 +157,7 @@ class Plan:
 
     @property
     def shardings(self) -> Any:
-        """A NamedSharding for every leaf of the step's arguments: a tuple of pytrees like them, for Orbax and data loading.
+        """A NamedSharding for every leaf of the step's arguments, in pytrees like them, as Orbax wants.
 
         NNX objects stand first, as the state that ``nnx.split`` makes of them.
 

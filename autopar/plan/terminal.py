@@ -95,7 +95,7 @@ def collectives_table(plan: Plan) -> Table:
 
 def replicated_table(plan: Plan) -> Table:
     """Primitives that no rule splits."""
-    found = table("primitives without a rule: run whole on every device", "primitive|first use")
+    found = table("run whole on every device", "primitive without a rule|first use")
     for name, line in plan.solution.replicated_primitives:
         found.add_row(name, escape(line))
     return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.cost import CostModel
+from autopar.cost import CostModel, rounds_products
 from autopar.ir.program import Value
 from autopar.planner.graph import Graph, Unit, Use
 from autopar.planner.pricing import Pricing, Residence, copies, residences
@@ -145,7 +145,7 @@ class Formulator:
             costs[i] = self._sums[key]
         for unit, mask in (allowed or {}).items():
             costs[index[unit]] = np.where(mask, costs[index[unit]], np.inf)
-        kept = residences(self.graph, self.space, self.pricing.materialised)
+        kept = residences(self.graph, self.space, self.pricing.materialised, rounds_products(self.cost))
         if count_copies:
             kept += copies(self.graph, self.space)
         usages = self._usages(kept, index) if limit_bytes is not None else ()

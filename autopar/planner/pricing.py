@@ -5,10 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.cost import CostModel, Work, equation_flops, fusible
-from autopar.cost.liveness import kept_values
+from autopar.cost.liveness import kept_values, read_by_products
+from autopar.cost.measured import HEAVY, MeasuredCost, local_call
+from autopar.cost.model import LocalCall
 from autopar.ir.program import Equation, Value
 from autopar.planner.graph import Graph, Group, Unit
 from autopar.planner.space import Port, Space
+from autopar.sharding.strategies import Strategy
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +26,7 @@ class Residence:
     port: Port
     start: int
     stop: int
-    nbytes: int
+    nbytes: float
     value: Value
     copy: bool = False
 
@@ -125,9 +128,22 @@ class Pricing:
                 nbytes += atom.nbytes / self.shards(self.space.intern(specs))
         dtype = str(eqn.outputs[0].dtype) if eqn.outputs else "float32"
         name = eqn.primitive.name
-        return np.array(
-            [self.cost.compute_s(Work(name, f, b, dtype)) for f, b in zip(flops, nbytes, strict=True)]
-        )
+        calls = self._calls(eqn, chosen)
+        works = [Work(name, f, b, dtype, c) for f, b, c in zip(flops, nbytes, calls, strict=True)]
+        return np.array([self.cost.compute_s(work) for work in works])
+
+    def _calls(self, eqn: Equation, chosen: tuple[Strategy, ...]) -> list[LocalCall | None]:
+        """The equation at the shapes of every strategy, for a cost model that times it."""
+        grouped = eqn.params.get("feature_group_count", 1) * eqn.params.get("batch_group_count", 1) > 1
+        if not isinstance(self.cost, MeasuredCost) or eqn.primitive.name not in HEAVY or grouped:
+            return [None] * len(chosen)
+        dtypes = [str(atom.aval.dtype) for atom in eqn.inputs]
+        found = []
+        for strategy in chosen:
+            pairs = zip(strategy.inputs, eqn.inputs, strict=True)
+            shapes = [spec.complete.local_shape(atom.aval.shape, self.space.sizes) for spec, atom in pairs]
+            found.append(local_call(eqn.primitive, eqn.params, shapes, dtypes))
+        return found
 
 
 def flops_of(eqn: Equation) -> float:
@@ -136,20 +152,33 @@ def flops_of(eqn: Equation) -> float:
     return equation_flops(eqn.primitive.name, eqn.params, shapes, [value.shape for value in eqn.outputs])
 
 
-def residences(graph: Graph, space: Space, materialised: frozenset[Value]) -> list[Residence]:
-    """Where every value that needs memory lives, and for how long; state lives throughout."""
+def residences(
+    graph: Graph, space: Space, materialised: frozenset[Value], rounds_products: bool
+) -> list[Residence]:
+    """Where every value that needs memory lives, and for how long; state lives throughout.
+
+    Args:
+        graph: the units.
+        space: their ports.
+        materialised: the values that need a buffer.
+        rounds_products: whether what only matrix products read is kept as bfloat16.
+    """
     equations = graph.program.equations
     end = len(equations)
-    kept = kept_values(
-        ((fusible(eqn.primitive.name), tuple(eqn.operands), eqn.outputs) for eqn in equations),
-        lambda value: value.nbytes,
-    )
+    steps = [(eqn.primitive.name, tuple(eqn.operands), eqn.outputs) for eqn in equations]
+    rounded = read_by_products(steps, (a for a in graph.program.outputs if isinstance(a, Value)))
+
+    def nbytes(value: Value) -> float:
+        narrow = rounds_products and value in rounded and value.itemsize == 4 and value not in given
+        return value.nbytes / (2 if narrow else 1)
+
+    given = set(graph.program.inputs)
+    kept = kept_values(((fusible(name), inputs, outputs) for name, inputs, outputs in steps), nbytes)
     until: dict[Value, int] = {}
     for value, groups in graph.groups.items():
         last = max(_needed(group) for group in groups)
         for root in kept.get(value, (value,)):
             until[root] = max(until.get(root, 0), last)
-    given = set(graph.program.inputs)
     state_outputs = {graph.program.outputs[o] for _, o in graph.state}
     found = []
     for value, groups in graph.groups.items():
@@ -158,7 +187,7 @@ def residences(graph: Graph, space: Space, materialised: frozenset[Value]) -> li
             continue
         if value in until and value not in state_outputs:
             born, last = (0, end) if value in given else (graph.producer[value], until[value])
-            found.append(Residence(unit, space.output(unit, value), born, last + 1, value.nbytes, value))
+            found.append(Residence(unit, space.output(unit, value), born, last + 1, nbytes(value), value))
         for group in groups:
             if group.anchor is not None and group.anchor.kind == "view":
                 start, stop = group.uses[0].position, group.uses[-1].position + 1

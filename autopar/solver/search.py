@@ -27,11 +27,9 @@ from autopar.solver.stages import (
 # A pruned program this small is solved before anything else is tried.
 EASY_ENTRIES, EASY_SHARE = 20_000, 0.3
 # Shares of the time left, and the most time, that stages may take which others are to follow.
-PRICE_SHARE, MIXTURE_SHARE, MIXTURE_S = 0.4, 0.2, 10.0
+PRICE_SHARE, CUTSETS_SHARE, MIXTURE_SHARE, MIXTURE_S = 0.4, 0.2, 0.2, 10.0
 # Pruning goes on while it leaves less than this share of the edge entries.
 STUCK_SHARE = 0.9
-# Improving the incumbent goes on while it closes this share of the gap.
-STUCK_GAIN, CUTSETS_SHARE = 0.2, 0.2
 
 
 def solve(
@@ -98,24 +96,22 @@ def run(search: Search) -> None:
 
 
 def _close_free(part: Part) -> None:
-    """Without memory rows: bound, improve and prune until tables are narrow, else branch."""
-    search = part.search
+    """Without memory rows: bound, prune, improve, prune again, until tables are narrow; else branch."""
+    search, improved = part.search, False
     while not eliminate_whole(part) and not search.done():
         smaller = bound_and_prune(part)
         if smaller is None:
             _exhausted(search)
             return
-        if entries_of(smaller.problem) > STUCK_SHARE * entries_of(part.problem):
-            if eliminate_whole(smaller, WIDENING):
-                return
-            before = search.objective
-            improve_by_cutsets(part, CUTSETS_SHARE * search.remaining())
-            if search.objective >= before - STUCK_GAIN * search.gap() * abs(before):
-                if branch_whole(smaller, search.remaining()):
-                    _exhausted(search)
-                return
-        else:
+        if entries_of(smaller.problem) <= STUCK_SHARE * entries_of(part.problem):
             part = smaller
+        elif not improved:
+            improve_by_cutsets(part, CUTSETS_SHARE * search.remaining())
+            improved = True
+        else:
+            if not eliminate_whole(smaller, WIDENING) and branch_whole(smaller, search.remaining()):
+                _exhausted(search)
+            return
 
 
 def _close_limited(part: Part) -> None:

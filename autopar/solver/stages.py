@@ -27,7 +27,7 @@ SWEEPS_PER_LOOK = 5
 MILP_ENTRIES = 400_000
 WINDOW_NODES, WINDOW_S = 60, 3.0
 # Tables of the part that a cutset leaves free, and after how many cutsets without gain to stop.
-CUTSET_ENTRIES, MOST_FAILURES = 50_000, 12
+CUTSET_ENTRIES, MOST_FAILURES = 50_000, 6
 # Numbers held in tables (8 bytes each) at which elimination with wide tables gives up, and how wide these
 # may be.
 MOST_ENTRIES = 200_000_000
@@ -227,7 +227,7 @@ def branch_whole(part: Part, seconds: float) -> bool:
 
 
 def improve_by_cutsets(part: Part, seconds: float) -> None:
-    """Hold a random cutset at the incumbent such that the rest is narrow, eliminate the rest exactly; again and again."""
+    """Hold a random cutset at the incumbent, eliminate the rest, narrow then, exactly; again and again."""
     search, problem, random = part.search, part.problem, np.random.default_rng(0)
     if part.best is None:
         return
@@ -240,8 +240,8 @@ def improve_by_cutsets(part: Part, seconds: float) -> None:
             np.array([best[node]]) if node in held else np.arange(len(costs))
             for node, costs in enumerate(problem.nodes)
         ]
-        small, lift = restrict(problem, search.tables, kept)
         mark = search.tables.mark()
+        small, lift = restrict(problem, search.tables, kept)
         reduced, back = simplify(small, search.tables)
         relaxation = ExactRelaxation(reduced, search.tables, order_of(reduced, 10 * CUTSET_ENTRIES))
         strategies, _ = relaxation.minimise([search.tables.intern(costs) for costs in reduced.nodes])

@@ -8,18 +8,23 @@ import pytest
 
 from autopar.api import Options, plan_prepared, traced_in_time
 from autopar.cluster import Mesh
+from autopar.cost import RooflineCost, hardware
 from autopar.errors import PresetError
 from autopar.ir.arguments import adapt
 from autopar.ir.trace import Traced
 from autopar.lowering.local_program import Move, build_local_program
 from autopar.plan import Plan
 from autopar.planner.search import Prepared, prepare
-from benchmarks.cases import make, slow_device
+from benchmarks.cases import make
 
-LAYERS, WIDTH, BATCH, SEQ, VOCAB = 2, 128, 16, 64, 512
-SETTINGS = {"layers": LAYERS, "width": WIDTH, "heads": 8, "batch": BATCH, "seq": SEQ, "vocab": VOCAB}
+LAYERS, WIDTH, BATCH, SEQ = 2, 1024, 64, 256
+SETTINGS = {"layers": LAYERS, "width": WIDTH, "heads": 16, "batch": BATCH, "seq": SEQ, "vocab": 8192}
 KERNEL_BYTES = 4 * WIDTH * WIDTH  # of a query kernel, the smallest matrix
 EXPERTS = 8
+
+
+def v5e(mesh: str) -> RooflineCost:
+    return RooflineCost(hardware("v5e"), Mesh.parse(mesh))
 
 
 @functools.cache
@@ -31,17 +36,17 @@ def traced(model: str) -> Traced:
 
 @functools.cache
 def prepared(model: str, mesh: str) -> Prepared:
-    return prepare(traced(model), slow_device(mesh))
+    return prepare(traced(model), v5e(mesh))
 
 
 def planned(model: str, mesh: str, preset: str) -> Plan:
-    cost = slow_device(mesh)
+    cost = v5e(mesh)
     return plan_prepared(prepared(model, mesh), cost, Options(cost=cost, preset=preset))
 
 
 def sent(plan: Plan, model: str, at_least_bytes: float = KERNEL_BYTES) -> Counter[tuple[Any, ...]]:
     """How often a plan sends (kind, axes, bytes), for collectives of at least some bytes."""
-    local = build_local_program(traced(model).program, plan, slow_device(str(plan.mesh)))
+    local = build_local_program(traced(model).program, plan, v5e(str(plan.mesh)))
     steps = [s for move in local.instructions if isinstance(move, Move) for s in move.resharding.steps]
     big = [step for step in steps if step.nbytes >= at_least_bytes]
     return Counter((step.kind, tuple(sorted(step.axes)), step.nbytes) for step in big)
@@ -65,19 +70,26 @@ def test_dp_sums_every_gradient_once_and_sends_nothing_else() -> None:
     assert found == {("all_reduce", ALL, nbytes): count for nbytes, count in parameter_bytes("gpt").items()}
 
 
+def scattered(model: str) -> Counter[tuple[Any, ...]]:
+    """Every gradient reduced and scattered over both axes, one after the other."""
+    found: Counter[tuple[Any, ...]] = Counter()
+    for nbytes, count in parameter_bytes(model).items():
+        found["reduce_scatter", ("data",), nbytes] += count
+        found["reduce_scatter", ("tensor",), nbytes / 2] += count
+    return found
+
+
 @pytest.mark.parametrize("preset", ["zero1", "zero2"])
 def test_zero_scatters_every_gradient_and_gathers_every_parameter(preset: str) -> None:
-    found = sent(planned("gpt", "data=2,tensor=4", preset), "gpt")
-    parameters = parameter_bytes("gpt").items()
-    kinds = ("reduce_scatter", "all_gather")
-    assert found == {(kind, ALL, nbytes): count for kind in kinds for nbytes, count in parameters}
+    found = sent(planned("gpt", "data=2,tensor=4", preset), "gpt", KERNEL_BYTES / 2)
+    gathered = Counter({("all_gather", ALL, n): count for n, count in parameter_bytes("gpt").items()})
+    assert found == gathered + scattered("gpt")
 
 
 def test_zero3_gathers_every_kernel_in_forward_and_backward() -> None:
-    found = sent(planned("gpt", "data=2,tensor=4", "zero3"), "gpt")
-    assert kinds(found) == {"all_gather", "reduce_scatter"}
+    found = sent(planned("gpt", "data=2,tensor=4", "zero3"), "gpt", KERNEL_BYTES / 2)
+    assert Counter({key: n for key, n in found.items() if key[0] != "all_gather"}) == scattered("gpt")
     for nbytes, count in parameter_bytes("gpt").items():
-        assert found["reduce_scatter", ALL, nbytes] == count
         # What the forward pass uses last, the backward pass uses first.
         assert 2 * count - 1 <= found["all_gather", ALL, nbytes] <= 2 * count
 

@@ -37,4 +37,4 @@ def dice_plan(step: Any, args: tuple[Any, ...], cost: CostModel, seed: int) -> t
     assert choice.strategies == strategies
     local = build_local_program(prepared.traced.program, plan, cost)
     compute_s = sum(formulation.pricing.vector(u)[s] for u, s in zip(formulation.units, strategies, strict=True))
-    return replace(plan, prediction=prediction(local, float(compute_s))), formulation.problem.cost(strategies)
+    return replace(plan, prediction=prediction(local, float(compute_s), cost)), formulation.problem.cost(strategies)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 BATCH, WIDTH, HIDDEN = 16, 8, 16
 
@@ -33,7 +34,7 @@ def scanned(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     def layer(h: jax.Array, p: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return jnp.tanh(h @ p[0] + p[1]), jnp.sum(h)
 
-    h, sums = jax.lax.scan(layer, x, (params["w"], params["b"]))
+    h, sums = lax.scan(layer, x, (params["w"], params["b"]))
     return jnp.mean((h - y) ** 2) + 1e-3 * jnp.sum(sums)
 
 
@@ -46,7 +47,7 @@ def rematerialised(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def branching(params: Any, x: jax.Array, n: jax.Array) -> jax.Array:
-    h = jax.lax.cond(n > 0, lambda h: jnp.tanh(h @ params["w"]), lambda h: h * 2.0, x)
+    h = lax.cond(n > 0, lambda h: jnp.tanh(h @ params["w"]), lambda h: h * 2.0, x)
     return jnp.mean(h**2)
 
 
@@ -54,12 +55,12 @@ def nested(params: Any, x: jax.Array, n: jax.Array) -> jax.Array:
     def outer(h: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
         def inner(h: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
             turn = lambda h: jnp.tanh(h @ w + jnp.arange(WIDTH) * 0.1)  # noqa: E731
-            return jax.lax.cond(i > n, turn, lambda h: h * jnp.full((BATCH, WIDTH), 0.5), h), None
+            return lax.cond(i > n, turn, lambda h: h * jnp.full((BATCH, WIDTH), 0.5), h), None
 
-        h, _ = jax.lax.scan(inner, h, jnp.arange(3))
+        h, _ = lax.scan(inner, h, jnp.arange(3))
         return h, h
 
-    h, all_h = jax.lax.scan(outer, x, params["w"])
+    h, all_h = lax.scan(outer, x, params["w"])
     return jnp.mean(h**2) + jnp.mean(all_h)
 
 
@@ -69,16 +70,16 @@ def looping(params: Any, x: jax.Array, n: jax.Array) -> Any:
     def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return state[0] + 1, jnp.tanh(state[1] @ params["w"])
 
-    _, h = jax.lax.while_loop(lambda state: state[0] < n, body, (jnp.int32(0), x))
+    _, h = lax.while_loop(lambda state: state[0] < n, body, (jnp.int32(0), x))
     return {"w": params["w"] - 0.1 * (x.T @ h)}, jnp.mean(h)
 
 
 def free_operands(params: Any, x: jax.Array, n: jax.Array) -> Any:
     """Values that depend on no argument enter the branches of a cond and of a switch."""
     mask = jnp.broadcast_to(jnp.arange(WIDTH) * 0.1, (BATCH, WIDTH))
-    h = jax.lax.cond(n > 0, lambda m, h: jnp.tanh((h + m) @ params["w"]), lambda m, h: h * m, mask, x)
+    h = lax.cond(n > 0, lambda m, h: jnp.tanh((h + m) @ params["w"]), lambda m, h: h * m, mask, x)
     branches = [lambda a: a * 2, lambda a: a + mask, lambda a: jnp.cumsum(a, 0)]
-    h = jax.lax.switch(n, branches, h)
+    h = lax.switch(n, branches, h)
     return {"w": params["w"] - 0.1 * (x.T @ h)}, jnp.mean(h)
 
 
@@ -88,6 +89,20 @@ def implicit(params: Any, x: jax.Array, y: jax.Array) -> Any:
     w = jnp.linalg.solve(a, x.T @ y)
     v, _ = jax.scipy.sparse.linalg.cg(lambda v: a @ v, x.T @ y[:, 0], maxiter=3)
     return {"w": params["w"] * 0.9 + 0.1 * w}, jnp.mean((x @ w - y) ** 2) + v.sum()
+
+
+TABLE = np.random.default_rng(3).normal(size=(WIDTH, WIDTH)).astype(np.float32) * 0.3
+
+
+def closing_over(params: Any, x: jax.Array, n: jax.Array) -> jax.Array:
+    """Arrays that nested functions close over become operands of the regions around them."""
+    table = jax.jit(lambda h: h @ TABLE)
+
+    def layer(h: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        h = lax.cond(jnp.sum(h) > n, lambda h: jnp.tanh(table(h) @ w), lambda h: h * TABLE[0], h)
+        return table(h), None
+
+    return jnp.mean(lax.scan(layer, x, params["w"])[0] ** 2)
 
 
 def clipped(params: Any, x: jax.Array, y: jax.Array) -> Any:
@@ -109,5 +124,6 @@ STEPS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "nested": (trained(nested), ({"w": normal(2, WIDTH, WIDTH)}, _X, jnp.int32(1))),
     "while": (looping, (_W, _X, jnp.int32(3))),
     "free operands": (free_operands, (_W, _X, jnp.int32(1))),
+    "closing over": (trained(closing_over), ({"w": normal(2, WIDTH, WIDTH)}, _X, jnp.int32(-3))),
     "linear solve": (implicit, ({"w": normal(WIDTH, WIDTH)}, _X, _Y)),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from autopar.cli import app, console
+from autopar.cli import app, console, planning
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs" / "quadratic.py"
@@ -165,7 +165,7 @@ def test_an_unknown_primitive_is_refused_only_when_strict(monkeypatch):
     assert "primitive dot_general has no sharding rule" in result.stderr and "quadratic.py:" in result.stderr
     relaxed = CliRunner().invoke(app, ["plan", QUAD, *MESH])
     assert relaxed.exit_code == 0, relaxed.output
-    assert "primitives without a rule" in relaxed.stdout and "dot_general" in relaxed.stdout
+    assert "primitive without a rule" in relaxed.stdout and "dot_general" in relaxed.stdout
 
 
 def test_an_interrupt_that_is_caught_below_is_still_noticed():
@@ -176,6 +176,25 @@ def test_an_interrupt_that_is_caught_below_is_still_noticed():
         except KeyboardInterrupt:
             pass  # as the solver does when it has an incumbent
     assert seen == [signal.SIGINT]
+
+
+def test_an_interrupt_during_a_solve_keeps_the_best_plan_so_far(monkeypatch):
+    left = [1]
+
+    def interrupting(update, where):
+        def tell(at):
+            if at.incumbent < float("inf") and left:
+                left.clear()
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return tell
+
+    monkeypatch.setattr(planning, "_teller", interrupting)
+    mlp = [str(ROOT / "models" / "mlp.py"), *["--set", "layers=1", "--set", "width=32", "--set", "batch=16"]]
+    result = CliRunner().invoke(app, ["plan", *mlp, "--mesh", "data=2,tensor=4", "--memory-gb", "9.5e-6"])
+    assert result.exit_code == 0, result.output
+    assert "interrupted: this is the best plan so far, within" in result.stderr
+    assert "params/dense_0/kernel" in result.stdout and "of the optimum" in result.stdout
 
 
 def test_an_interrupt_with_nothing_to_keep_ends_with_exit_code_130(monkeypatch):
