@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ import jax
 from autopar.cluster import Mesh, mesh_candidates
 from autopar.compat import shape_struct
 from autopar.cost import CostModel, RooflineCost, hardware, rounds_products
-from autopar.errors import PlanError
+from autopar.errors import InfeasibleError, PlanError
 from autopar.ir.arguments import Adapted, adapt
 from autopar.ir.fingerprint import fingerprint
 from autopar.ir.trace import Traced, trace
@@ -21,8 +22,10 @@ from autopar.lowering import predict
 from autopar.lowering.local_program import LocalProgram, build_local_program
 from autopar.lowering.spmd import device_mesh, lower, shardings
 from autopar.plan import Plan, Prediction
+from autopar.planner.intra import Formulation
 from autopar.planner.pins import restrict
 from autopar.planner.search import Limits, Masks, Prepared, prepare, search
+from autopar.solver import Choice
 
 AXES = ("data", "tensor")
 """Axis names of the meshes tried when the user names none."""
@@ -119,7 +122,9 @@ def plan_traced(traced: Traced, trace_s: float, options: Options) -> Plan:
     assert best is not None
     named = options.hardware or best.hardware  # the file of a profile, not the name that it bears
     timed = replace(best.solution, trace_s=trace_s)
-    return replace(best, hardware=named, solution=timed, place=functools.partial(argument_shardings, traced.in_tree))
+    return replace(
+        best, hardware=named, solution=timed, place=functools.partial(argument_shardings, traced.in_tree)
+    )
 
 
 def argument_shardings(tree: Any, plan: Plan, devices: Sequence[Any] | None = None) -> Any:
@@ -136,22 +141,49 @@ def plan_prepared(prepared: Prepared, cost: CostModel, options: Options, masks: 
     if masks is None:
         masks = restrict(prepared.graph, prepared.formulator, options.preset, options.pins)
     limit = options.limit_bytes(cost)
-    allowed = limit
+    allowed, found = limit, None
     for attempt in range(MEMORY_ROUNDS):
         limits = Limits(allowed, options.seconds, on_progress=options.on_progress, count_copies=attempt > 0)
-        found, formulation, choice = search(prepared, limits, masks)
-        local = build_local_program(prepared.traced.program, found, cost)
-        compute_s = float(
-            sum(formulation.pricing.vector(u)[s] for u, s in zip(formulation.units, choice.strategies, strict=True))
-        )
-        found = replace(
-            found, prediction=prediction(local, compute_s, cost), preset=options.preset, pins=options.pins
-        )
+        try:
+            found = _lowered(prepared, cost, options, *search(prepared, limits, masks))
+        except InfeasibleError as error:
+            # The solver counts a little differently from the lowered program: take the least that it can reach.
+            least = getattr(error.__cause__, "least_bytes", math.inf)
+            if attempt == 0 or not allowed < least <= limit:
+                raise
+            allowed = least * (1 + 1e-6)
+            continue
         if found.prediction.peak_bytes <= limit:
-            break
+            return found
         if attempt > 0:
             allowed *= 0.98 * limit / found.prediction.peak_bytes
-    return replace(found, runtime=(prepared, formulation, choice))
+    assert found is not None
+    raise InfeasibleError(
+        f"no plan was found that fits {limit / 1e9:.3f} GB a device",
+        where=f"mesh {cost.mesh}; the last plan needs {found.prediction.peak_bytes / 1e9:.3f} GB",
+        fix="raise --memory-gb, use more devices, or make the batch smaller",
+    )
+
+
+def _lowered(
+    prepared: Prepared,
+    cost: CostModel,
+    options: Options,
+    found: Plan,
+    formulation: Formulation,
+    choice: Choice,
+) -> Plan:
+    """The plan with what its local program costs."""
+    local = build_local_program(prepared.traced.program, found, cost)
+    chosen = zip(formulation.units, choice.strategies, strict=True)
+    compute_s = float(sum(formulation.pricing.vector(unit)[label] for unit, label in chosen))
+    return replace(
+        found,
+        prediction=prediction(local, compute_s, cost),
+        preset=options.preset,
+        pins=options.pins,
+        runtime=(prepared, formulation, choice),
+    )
 
 
 def prediction(local: LocalProgram, compute_s: float, cost: CostModel) -> Prediction:
@@ -292,7 +324,9 @@ class _Compiled:
             if i in donated and isinstance(leaf, jax.Array) and (not there or id(leaf) in seen):
                 shared.append(i)
             seen.add(id(leaf))
-            placed.append(leaf if there else jax.device_put(leaf, sharding, may_alias=False if i in donated else None))
+            placed.append(
+                leaf if there else jax.device_put(leaf, sharding, may_alias=False if i in donated else None)
+            )
         # device_put may keep a shard of its source, may_alias or not: only a program's results are surely new buffers.
         for i, copy in zip(shared, _copies([placed[i] for i in shared]), strict=True):
             placed[i] = copy
@@ -318,12 +352,14 @@ def check_fits(plan: Plan, traced: Traced) -> None:
         changed = [v.name for v in traced.program.inputs if known.get(v.name) != tuple(v.shape)]
         raise PlanError(
             f"the plan is for program {plan.fingerprint}, this step is program {actual}",
-            where=f"arguments that differ: {', '.join(changed[:5])}" if changed else "the arguments agree, the equations do not",
+            where=f"arguments that differ: {', '.join(changed[:5])}"
+            if changed
+            else "the arguments agree, the equations do not",
             fix="plan again with autopar plan",
         )
 
 
-def compile(step: Callable[..., Any], plan: Plan, **settings: Any) -> ParallelStep:  # noqa: A001
+def compile(step: Callable[..., Any], plan: Plan, **settings: Any) -> ParallelStep:
     """A callable that runs ``step`` under a plan.
 
     Args:
@@ -352,4 +388,3 @@ def parallelize(step: Callable[..., Any] | None = None, **options: Any) -> Any:
         return functools.partial(parallelize, **options)
     settings = {name: options.pop(name) for name in _SETTINGS if name in options}
     return ParallelStep(step, Options(**options), Settings(**settings))
-

@@ -20,13 +20,18 @@ from benchmarks.cases import MESHES, PRESETS, TINY, Built, Case, cases, referenc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(TINY), choices=list(TINY))
     parser.add_argument("--meshes", nargs="+", default=list(MESHES))
     parser.add_argument("--presets", nargs="+", default=["none", *PRESETS])
     parser.add_argument("--steps", type=int, default=10)
     arguments = parser.parse_args()
-    print(f"{'case':44} {'loss error':>10} {'flops':>8} {'products':>8} {'collectives':>24} {'seconds':>8}", flush=True)
+    print(
+        f"{'case':44} {'loss error':>10} {'flops':>8} {'products':>8} {'collectives':>24} {'seconds':>8}",
+        flush=True,
+    )
     for case in cases():
         wanted = case.mesh in arguments.meshes and (case.preset or "none") in arguments.presets
         if case.model in arguments.models and wanted:

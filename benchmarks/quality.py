@@ -35,7 +35,9 @@ HARDWARE = ("v5e", "h100", "cpu")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(REALISTIC), choices=list(REALISTIC))
     parser.add_argument("--meshes", nargs="+", default=list(MESHES))
     parser.add_argument("--hardware", nargs="+", default=list(HARDWARE))

@@ -72,9 +72,12 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "temp_gb": found.temp_bytes / 1e9,
         "peak_gb": {"predicted": plan.prediction.peak_bytes / 1e9, "compiled": found.peak_bytes / 1e9},
         "state_gb": plan.prediction.state_bytes / 1e9,
-        "collectives": [f"{c.kind} {'+'.join(c.axes)} {c.count}x {c.nbytes / 1e6:.1f} MB" for c in found.collectives],
+        "collectives": [
+            f"{c.kind} {'+'.join(c.axes)} {c.count}x {c.nbytes / 1e6:.1f} MB" for c in found.collectives
+        ],
         "predicted": [
-            f"{c.kind} {'+'.join(c.axes)} {c.count}x {c.nbytes / 1e6:.1f} MB" for c in plan.prediction.collectives
+            f"{c.kind} {'+'.join(c.axes)} {c.count}x {c.nbytes / 1e6:.1f} MB"
+            for c in plan.prediction.collectives
         ],
         "differences": [str(d) for d in differences],
     }

@@ -25,11 +25,19 @@ SLACK = 1e-6
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the comparison: the best plan of a preset over the meshes, or why there is none."""
+    """A row of the comparison: the best plan of a preset over the meshes, or why there is none.
+
+    Attributes:
+        name: of the preset.
+        plan: its cheapest plan.
+        refused: why there is none.
+        fits: whether the lowered program stays within the memory of a device.
+    """
 
     name: str
     plan: Plan | None
     refused: str = ""
+    fits: bool = True
 
 
 def compare(request: Searching) -> None:
@@ -39,11 +47,11 @@ def compare(request: Searching) -> None:
     best = entries[0].plan
     if best is None:
         raise InfeasibleError(entries[0].refused, fix="raise --memory-gb, or use more devices")
-    beaten_by = [e.name for e in entries[1:] if e.plan and _cheaper(e.plan, best)]
+    beaten_by = [e.name for e in entries[1:] if e.plan and e.fits and _cheaper(e.plan, best)]
     if request.json:
         show_json({"plans": {e.name: _as_json(e) for e in entries}, "beaten_by": beaten_by})
     else:
-        show(_table(entries, best))
+        show(_table(entries, best), *(f"{e.name}: {e.refused}" for e in entries if e.refused))
     if beaten_by:
         note(f"{', '.join(beaten_by)} cost less than the unrestricted plan, which should not be", "red")
         raise typer.Exit(FAILED)
@@ -71,7 +79,8 @@ def _entries(job: Job) -> list[Entry]:
 def _entry(prepared: Prepared, cost: CostModel, options: api.Options) -> Entry:
     name = options.preset or UNRESTRICTED
     try:
-        return Entry(name, api.plan_prepared(prepared, cost, options))
+        found = api.plan_prepared(prepared, cost, options)
+        return Entry(name, found, fits=found.prediction.peak_bytes <= options.limit_bytes(cost))
     except (InfeasibleError, PresetError, PinError) as error:
         return Entry(name, None, error.what)
 
@@ -101,7 +110,7 @@ def _table(entries: list[Entry], best: Plan) -> Any:
     )
     for entry in entries:
         if entry.plan is None:
-            found.add_row(entry.name, f"none: {entry.refused}", *[""] * 7)
+            found.add_row(entry.name, "none")
             continue
         p = entry.plan.prediction
         found.add_row(
@@ -113,6 +122,13 @@ def _table(entries: list[Entry], best: Plan) -> Any:
             seconds(p.communication_s),
             nbytes(p.peak_bytes),
             nbytes(sum(c.nbytes for c in p.collectives)),
-            "proven" if entry.plan.solution.proven_optimal else f"gap {entry.plan.solution.gap:.2%}",
+            _certificate(entry),
         )
     return found
+
+
+def _certificate(entry: Entry) -> str:
+    assert entry.plan is not None
+    solution = entry.plan.solution
+    proof = "proven" if solution.proven_optimal else f"gap {solution.gap:.2%}"
+    return proof if entry.fits else f"{proof}, over the memory"

@@ -18,7 +18,7 @@ from autopar.ir.arguments import Adapted, adapt
 from autopar.ir.trace import Traced
 from autopar.lowering.spmd import device_mesh
 from autopar.plan import Plan
-from autopar.plan.figures import certificate
+from autopar.plan.figures import certificate, nbytes
 from autopar.planner.pins import parse_pin
 from autopar.targets import Target, load, parse_settings
 
@@ -136,21 +136,31 @@ def plan_job(job: Job, preset: str = "") -> Plan:
                 found = api.plan_traced(job.traced, job.trace_s, told)
             except (InfeasibleError, PinError) as error:
                 refused = error  # another mesh may do
-                continue
             except KeyboardInterrupt:
-                if best is None:
-                    raise
-                found = best
-            if best is None or found.prediction.step_s < best.prediction.step_s:
-                best = found
+                pass  # there is no incumbent yet; a mesh before this one may have given a plan
+            else:
+                best = found if best is None else min(best, found, key=lambda plan: plan.prediction.step_s)
             if interrupts:
                 break
     if best is None:
-        assert refused is not None
-        raise refused
+        raise KeyboardInterrupt if interrupts or refused is None else refused
     if interrupts:
         note(f"interrupted: this is the best plan so far, {certificate(best)} on mesh {best.mesh}", "yellow")
+    warn_if_too_large(best, job)
     return replace(best, provenance=provenance(job))
+
+
+def warn_if_too_large(plan: Plan, job: Job) -> None:
+    """Says so where the lowered program needs more than the memory that the search was given."""
+    limit_bytes = memory_limit(plan.mesh, job)
+    if plan.prediction.peak_bytes > limit_bytes:
+        sizes = f"{nbytes(plan.prediction.peak_bytes)} a device, more than the {nbytes(limit_bytes)}"
+        note(f"the best plan found needs {sizes} that it has", "yellow")
+
+
+def memory_limit(mesh: Mesh, job: Job) -> float:
+    """Bytes of one device that a plan may use."""
+    return job.options.limit_bytes(job.options.cost_model(mesh))
 
 
 def provenance(job: Job) -> dict[str, str]:

@@ -46,7 +46,11 @@ def adapt(
         keywords: its keyword arguments.
     """
     if keywords:
-        return adapt(functools.partial(_with_keywords, step), (*args, dict(keywords)), _positive(static_argnums, len(args)))
+        return adapt(
+            functools.partial(_with_keywords, step),
+            (*args, dict(keywords)),
+            _positive(static_argnums, len(args)),
+        )
     positions = set(_positive(static_argnums, len(args)))
     static = {i: args[i] for i in positions}
     dynamic = tuple(arg for i, arg in enumerate(args) if i not in positions)

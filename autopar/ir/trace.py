@@ -153,12 +153,15 @@ class _Flattener:
     hoisted: dict[int, tuple[Value, Any]] = field(default_factory=dict)
 
     def unique(self, base: str) -> str:
-        count = self.used.get(base)
-        self.used[base] = (count or 0) + 1
-        if count is None:
+        count = self.used.get(base, 0)
+        self.used[base] = count + 1
+        if not count:
             return base
         name = f"{base}:{count + 1}"
-        return self.unique(name) if name in self.used else name
+        if name in self.used:
+            return self.unique(base)
+        self.used[name] = 1
+        return name
 
     def constants(self, jaxpr: Any, consts: Sequence[Any]) -> list[Atom]:
         """What a jaxpr closes over: scalars are written into the equations, arrays become inputs, each once."""

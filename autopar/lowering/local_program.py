@@ -156,7 +156,10 @@ class _Builder:
         self.pieces: dict[tuple[Value, Spec], Slot] = {}
         self.wanted: dict[Value, Spec] = {}
         self.view_of: dict[tuple[str, str], View] = {
-            (name, reader): view for name, views in plan.views.items() for view in views for reader in view.readers
+            (name, reader): view
+            for name, views in plan.views.items()
+            for view in views
+            for reader in view.readers
         }
 
     def build(self, program: Program, arrive: Sequence[Spec | None], leave: Sequence[Spec]) -> LocalProgram:
@@ -199,7 +202,9 @@ class _Builder:
                 continue
             ordered.append(i)
             for slot in () if isinstance(i, Move) else i.outputs:
-                ordered += [replace(move, after=None) for move in early.get(slot, [])]  # it would wait for what is not made
+                ordered += [
+                    replace(move, after=None) for move in early.get(slot, [])
+                ]  # it would wait for what is not made
         return tuple(ordered)
 
     def _equation(self, eqn: Equation) -> None:
@@ -240,8 +245,12 @@ class _Builder:
     def _operands(self, eqn: Equation, specs: tuple[Spec, ...]) -> tuple[Operand, ...]:
         """Slots of every operand in the spec that the strategy needs."""
         wanted = list(zip(eqn.inputs, specs, strict=True))
-        sources = [atom if isinstance(atom, Constant) else self._source(atom, eqn.name) for atom in eqn.inputs]
-        ready = [s for s, (_, spec) in zip(sources, wanted, strict=True) if isinstance(s, Slot) and s.spec == spec]
+        sources = [
+            atom if isinstance(atom, Constant) else self._source(atom, eqn.name) for atom in eqn.inputs
+        ]
+        ready = [
+            s for s, (_, spec) in zip(sources, wanted, strict=True) if isinstance(s, Slot) and s.spec == spec
+        ]
         anchor = ready[-1] if ready else None
         moved: dict[tuple[int, Spec], Slot] = {}
         found: list[Operand] = []
@@ -333,7 +342,9 @@ class _Builder:
         self.instructions.append(Branch(eqn, bodies, (index, *entering), outputs))
         self._leaving(outputs)
 
-    def _branch(self, body: Program, sources: Sequence[Operand | Value], leave: Sequence[Spec]) -> LocalProgram:
+    def _branch(
+        self, body: Program, sources: Sequence[Operand | Value], leave: Sequence[Spec]
+    ) -> LocalProgram:
         """A branch takes its operands as they come, moves them itself and makes free values itself: only the branch taken pays."""
         builder = _Builder(self.plan, self.cost, self.rules)
         builder.wanted = {value: _planned(self.plan, value) for value in body.inputs}
@@ -346,7 +357,9 @@ class _Builder:
         ]
         return builder.build(body, arrive, leave)
 
-    def _entering(self, atoms: Sequence[Atom], specs: Sequence[Spec], readers: Sequence[str]) -> tuple[Operand, ...]:
+    def _entering(
+        self, atoms: Sequence[Atom], specs: Sequence[Spec], readers: Sequence[str]
+    ) -> tuple[Operand, ...]:
         found: list[Operand] = []
         for atom, spec, reader in zip(atoms, specs, readers, strict=True):
             source = atom if isinstance(atom, Constant) else self._source(atom, reader)

@@ -63,7 +63,9 @@ def flops(local: LocalProgram, primitives: Collection[str] | None = None) -> flo
                 spec.complete.local_shape(atom.aval.shape, sizes)
                 for atom, spec in zip(instruction.equation.inputs, strategy.inputs, strict=True)
             ]
-            results = [slot.spec.complete.local_shape(slot.value.shape, sizes) for slot in instruction.outputs]
+            results = [
+                slot.spec.complete.local_shape(slot.value.shape, sizes) for slot in instruction.outputs
+            ]
             name, params = instruction.equation.primitive.name, instruction.equation.params
             total += equation_flops(name, params, operands, results) * times
     return total
@@ -129,7 +131,11 @@ def _in_memory(
 def _read_by_products(local: LocalProgram) -> frozenset[Slot]:
     """The slots that nothing but matrix products reads."""
     steps = [
-        (i.equation.primitive.name if isinstance(i, Run) else LAYOUT if isinstance(i, Move) else "", _reads(i), _writes(i))
+        (
+            i.equation.primitive.name if isinstance(i, Run) else LAYOUT if isinstance(i, Move) else "",
+            _reads(i),
+            _writes(i),
+        )
         for i in local.instructions
     ]
     return read_by_products(steps, (slot for slot in local.outputs if isinstance(slot, Slot)))
@@ -184,4 +190,3 @@ def peak(buffers: list[Live]) -> tuple[float, int]:
         if total > best:
             best, at = total, time
     return best, at
-

@@ -85,7 +85,9 @@ def _results(instruction: Run | Loop | Branch, operands: list[Any], mesh: Mesh) 
         if isinstance(instruction, Branch):
             bodies = [functools.partial(_flat_body, body) for body in instruction.bodies]
             return lax.switch(operands[0], bodies, *operands[1:])
-        return run_local(eqn.primitive, eqn.params, instruction.rule, instruction.strategy, mesh.sizes, operands)
+        return run_local(
+            eqn.primitive, eqn.params, instruction.rule, instruction.strategy, mesh.sizes, operands
+        )
 
 
 def _flat_body(body: LocalProgram, *operands: Any) -> list[Any]:

@@ -149,7 +149,9 @@ class _Builder:
         self.parent = list(range(len(self.eqns)))
 
     def build(self, state: tuple[tuple[int, int], ...]) -> Graph:
-        groups = {value: self._groups(value, uses) for value, uses in self.uses.items() if not self._is_free(value)}
+        groups = {
+            value: self._groups(value, uses) for value, uses in self.uses.items() if not self._is_free(value)
+        }
         for value, value_groups in groups.items():
             for group in value_groups:
                 self._merge(value, group)
@@ -218,7 +220,8 @@ class _Builder:
         if result != letters(eqn.outputs[0].shape) or not result:
             return False
         return all(
-            not layout or (len(layout) == len(result) and all(a in ((), b) for a, b in zip(layout, result, strict=True)))
+            not layout
+            or (len(layout) == len(result) and all(a in ((), b) for a, b in zip(layout, result, strict=True)))
             for layout in rule.operands
         ) and any(layout == result for layout in rule.operands)
 
@@ -229,14 +232,20 @@ class _Builder:
         for position, eqn in enumerate(self.eqns):
             rule = self.rules[position]
             size = math.prod(eqn.outputs[0].shape) if eqn.outputs else 1  # a transpose carries too
-            full = {k for k, atom in enumerate(eqn.inputs) if isinstance(atom, Value) and math.prod(atom.shape) == size}
+            full = {
+                k
+                for k, atom in enumerate(eqn.inputs)
+                if isinstance(atom, Value) and math.prod(atom.shape) == size
+            }
             carries = any(full == set(group) for group in rule.linear if group)
             carries = carries and all(
-                len(self.uses[eqn.inputs[k]]) == 1 and eqn.inputs[k] in self.producer and capable[self.producer[eqn.inputs[k]]]
+                len(self.uses[eqn.inputs[k]]) == 1
+                and eqn.inputs[k] in self.producer
+                and capable[self.producer[eqn.inputs[k]]]
                 for k in full
             )
             carrier.append(carries)
-            capable.append(carries or rule.monoid == "sum" and bool(rule.reduce))
+            capable.append(carries or (rule.monoid == "sum" and bool(rule.reduce)))
         return tuple(carrier)
 
     # -- groups
@@ -324,13 +333,19 @@ class _Builder:
             unit_of.append(unit)
         return unit_of, units
 
-    def _anchor(self, value: Value, group: Group, unit_of: list[Unit | None], made_by: Unit | None) -> Unit | None:
+    def _anchor(
+        self, value: Value, group: Group, unit_of: list[Unit | None], made_by: Unit | None
+    ) -> Unit | None:
         readers = {id(unit): unit for use in group.uses if (unit := unit_of[use.position]) is not None}
         members = self._members(value, group)
         cluster = unit_of[members[0]] if members else None
         if cluster is not None:
             return None if cluster is made_by else cluster
-        if len(readers) < 2 or not value.shape or (made_by is not None and made_by.kind == "cluster" and self._elementwise_only(group)):
+        if (
+            len(readers) < 2
+            or not value.shape
+            or (made_by is not None and made_by.kind == "cluster" and self._elementwise_only(group))
+        ):
             return None
         return Unit("view", group.uses[0].position, value.shape, value=value)
 

@@ -32,7 +32,9 @@ class _Draft:
         self.products = [unit for unit in self.touching if self._is_product(unit)]
 
     def _is_product(self, unit: Unit) -> bool:
-        return unit.kind == "equation" and self.graph.program.equations[unit.position].primitive.name in PRODUCTS
+        return (
+            unit.kind == "equation" and self.graph.program.equations[unit.position].primitive.name in PRODUCTS
+        )
 
     def keep(self, units: Iterable[Unit], allowed: Callable[[Row], bool]) -> None:
         """Keeps the choices whose axes ``allowed`` accepts."""
@@ -54,7 +56,10 @@ class _Draft:
     def batch_on(self, units: Iterable[Unit], axes: tuple[str, ...]) -> None:
         """Splits the batch over as many devices of ``axes`` as it divides, and nothing else over them."""
         units = list(units)
-        self.keep(units, lambda row: all(row[axis] in ("batch", None) or isinstance(row[axis], int) for axis in axes))
+        self.keep(
+            units,
+            lambda row: all(row[axis] in ("batch", None) or isinstance(row[axis], int) for axis in axes),
+        )
         self.split(units, axes, "batch")
 
     def refuse(self, units: Iterable[Unit], axes: Iterable[str], kinds: Iterable[str]) -> None:
@@ -187,7 +192,9 @@ def tp2d(graph: Graph, space: Space) -> Masks:
         PresetError: the mesh has fewer than two axes.
     """
     if len(space.mesh.names) < 2:
-        raise PresetError("preset tp2d needs a mesh of two axes", where=f"mesh {space.mesh}", fix="use data=2,tensor=4")
+        raise PresetError(
+            "preset tp2d needs a mesh of two axes", where=f"mesh {space.mesh}", fix="use data=2,tensor=4"
+        )
     tensor = _model_axis(space, "tensor")
     rows = tuple(axis for axis in space.mesh.names if axis != tensor)
     draft = _Draft(graph, space)
@@ -205,7 +212,9 @@ def gshard(graph: Graph, space: Space) -> Masks:
     """
     draft = _Draft(graph, space)
     if not draft.flow.experts:
-        raise PresetError("preset gshard needs expert weights, the step has none", fix="use it on a mixture of experts")
+        raise PresetError(
+            "preset gshard needs expert weights, the step has none", fix="use it on a mixture of experts"
+        )
     expert = _model_axis(space, "expert")
     rest = tuple(axis for axis in space.mesh.names if axis != expert)
     experts = {graph.inputs[value] for value in draft.flow.experts}
@@ -230,7 +239,9 @@ def _neighbours(draft: _Draft, units: list[Unit]) -> set[Unit]:
 
     def values(unit: Unit) -> set[Value]:
         own = {unit.value} if unit.value is not None else set()
-        return own | {value for i in unit.equations for value in (*equations[i].operands, *equations[i].outputs)}
+        return own | {
+            value for i in unit.equations for value in (*equations[i].operands, *equations[i].outputs)
+        }
 
     near = set().union(*map(values, units))
     return {*units, *(unit for unit in draft.touching if unit not in products and values(unit) & near)}

@@ -82,7 +82,9 @@ class Pricing:
         graph, equations = self.graph, self.graph.program.equations
         members = [equations[i] for i in unit.equations]
         made = {value for eqn in members for value in eqn.outputs}
-        read = {atom for eqn in members for atom in eqn.operands if atom.shape == unit.shape and atom not in made}
+        read = {
+            atom for eqn in members for atom in eqn.operands if atom.shape == unit.shape and atom not in made
+        }
         touched = [value for value in made | read if value in self.materialised or value not in graph.groups]
         nbytes = sum(value.nbytes for value in touched)
         key = ("cluster", unit.shape, nbytes)
@@ -209,5 +211,7 @@ def copies(graph: Graph, space: Space) -> list[Residence]:
             reader = graph.reader(use)
             if reader is not None and reader.kind == "equation" and reader is not graph.unit(value):
                 port = space.input(reader, use)
-                found.append(Residence(reader, port, use.position, use.position + 1, value.nbytes, value, copy=True))
+                found.append(
+                    Residence(reader, port, use.position, use.position + 1, value.nbytes, value, copy=True)
+                )
     return found

@@ -105,7 +105,9 @@ def _without_scalar_choices(rule: ShardingRule, found: tuple[Strategy, ...]) -> 
     group = next(i for i, operands in enumerate(rule.linear) if operands)
     used = {axis for s in found for axis, split in s.splits if split is not None}  # not those of size 1
     return tuple(
-        s for s in found if all(split == group or split in rule.reduce for axis, split in s.splits if axis in used)
+        s
+        for s in found
+        if all(split == group or split in rule.reduce for axis, split in s.splits if axis in used)
     )
 
 

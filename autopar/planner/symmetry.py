@@ -27,8 +27,13 @@ def interchangeable(cost: CostModel) -> list[Permutation]:
     for order in itertools.permutations(names):
         mirror = dict(zip(names, order, strict=True))
         same_size = all(sizes[a] == sizes[b] for a, b in mirror.items())
-        if order != names and same_size and all(
-            np.allclose(prices[frozenset(s)], prices[frozenset(mirror[a] for a in s)], rtol=1e-12) for s in subsets
+        if (
+            order != names
+            and same_size
+            and all(
+                np.allclose(prices[frozenset(s)], prices[frozenset(mirror[a] for a in s)], rtol=1e-12)
+                for s in subsets
+            )
         ):
             found.append(mirror)
     return found

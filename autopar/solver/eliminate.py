@@ -17,6 +17,8 @@ from autopar.solver.tables import Tables
 
 WIDE_ENTRIES = 4_000_000
 JOIN_ENTRIES = 1 << 16
+# NumPy's arrays have at most 64 axes, one of which is the eliminated node's.
+MOST_AXES = 60
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ def elimination_order(
 
 
 def _product(sizes: list[int], nodes: set[int], wide_entries: int) -> int:
-    """Size of a table over nodes; beyond wide all are alike."""
+    """Size of a table over nodes; beyond wide, or with more axes than arrays have, all are alike."""
+    if len(nodes) > MOST_AXES:
+        return wide_entries + 1
     entries = 1
     for node in nodes:
         entries *= sizes[node]

@@ -98,17 +98,14 @@ def maximise(
     on_step: Callable[[Dual, Column], bool],
     ceiling: float = math.inf,
     penalty: float | None = None,
-    iterations: int = MOST_ITERATIONS,
 ) -> Dual:
     """Maximise the dual by cutting planes; the relaxation must be exact.
 
     Args:
         priced: the relaxed solver.
         on_step: told of each new column; True stops.
-        ceiling: an upper bound on the cost of every feasible choice: a dual bound above proves that there is
-            none.
+        ceiling: no choice costs more: a dual bound above it proves that none is feasible.
         penalty: price of each byte over the limit; by default it grows until nothing is over.
-        iterations: most relaxed problems to solve.
     """
     rows = priced.rows
     column, bound = priced.solve(np.zeros(len(rows.times)))
@@ -119,7 +116,7 @@ def maximise(
     grows = penalty is None
     penalty = max(abs(column.cost), 1.0) / max(rows.limit, 1.0) if penalty is None else penalty
     last = penalty * MOST_GROWTH
-    while dual.iterations < iterations and dual.bound <= ceiling and penalty <= last:
+    while dual.iterations < MOST_ITERATIONS and dual.bound <= ceiling and penalty <= last:
         mixed = _mix(dual, rows, penalty)
         if mixed is None:
             break

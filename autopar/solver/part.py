@@ -87,6 +87,12 @@ class Search:
         """Whether the gap is as small as asked for."""
         return self.gap() <= self.target_gap
 
+    def finish(self) -> Choice:
+        """Report for the last time and return the choice."""
+        self.stage = "done"
+        self.report()
+        return self.choice()
+
     def choice(self) -> Choice:
         """The incumbent with its certificate.
 

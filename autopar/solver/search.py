@@ -49,7 +49,7 @@ def solve(
         relative_gap: stop at this gap; a binding limit on a deep program is closed to 0.001 in seconds.
         hint: strategies to start from; ignored where infeasible.
         on_progress: called at each stage and with each better incumbent.
-        should_stop: polled; True returns the incumbent. So does Ctrl-C.
+        should_stop: polled; True returns the incumbent, as Ctrl-C does.
 
     Raises:
         NoChoiceError: an ``InfeasibleError``: no choice is feasible, or none was found in time.
@@ -70,9 +70,7 @@ def solve(
     except KeyboardInterrupt:
         if search.strategies is None:
             raise
-    search.stage = "done"
-    search.report()
-    return search.choice()
+    return search.finish()
 
 
 def run(search: Search) -> None:

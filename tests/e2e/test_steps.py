@@ -15,7 +15,9 @@ DEFAULT = {
 }
 """What the default run takes; the rest is slow."""
 
-TABLE = [pytest.param(case, id=str(case), marks=() if case in DEFAULT else pytest.mark.slow) for case in cases()]
+TABLE = [
+    pytest.param(case, id=str(case), marks=() if case in DEFAULT else pytest.mark.slow) for case in cases()
+]
 
 
 @pytest.mark.parametrize("case", TABLE)

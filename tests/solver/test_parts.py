@@ -143,6 +143,19 @@ def test_a_hub_that_touches_every_layer_does_not_widen_the_tables():
     assert choice.proven and choice.stats["widest_entries"] <= 2 * 5**5
 
 
+@pytest.mark.parametrize("strategies", [1, 2])
+def test_a_star_with_hundreds_of_points_is_solved_with_tables_of_one_axis(strategies):
+    points, random = 300, np.random.default_rng(2)
+    nodes = (np.zeros(strategies), *(random.uniform(size=2) for _ in range(points)))
+    edges = tuple((0, point, random.uniform(size=(strategies, 2))) for point in range(1, points + 1))
+    choice = solve(Problem(nodes, edges))
+    best = min(
+        sum(float((nodes[v] + matrix[hub]).min()) for _, v, matrix in edges) for hub in range(strategies)
+    )
+    assert choice.proven and choice.objective == pytest.approx(best)
+    assert choice.stats["widest_entries"] <= strategies
+
+
 def test_equal_content_in_different_objects_is_recognised():
     step = deep_train_step(24, 5)
     apart = Problem(

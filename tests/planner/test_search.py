@@ -1,0 +1,279 @@
+"""The graph, the formulation and the search on programs small enough to see through."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arbitrary import v5e
+from jax.extend.core import Primitive
+from tiny_steps import STEPS
+
+import autopar
+from autopar.cluster import Mesh
+from autopar.cost import Work
+from autopar.cost.alpa import AlpaCost
+from autopar.errors import InfeasibleError, PinError, PresetError, UnknownPrimitiveError
+from autopar.ir.trace import trace
+from autopar.planner.graph import Graph, build_graph
+from autopar.planner.presets import PRESETS
+from autopar.planner.search import Limits, prepare, search
+from autopar.solver import solve
+
+
+def f32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def graph_of(step: Any, *args: Any) -> Graph:
+    traced = trace(step, *args)
+    return build_graph(traced.program, traced.state)
+
+
+def kinds(graph: Graph) -> list[str]:
+    """One word for each unit that is no input: a cluster's primitives, an equation's, or what it is."""
+    eqns = graph.program.equations
+    names = {"cluster": "+", "equation": ""}
+    return [
+        names[unit.kind].join(eqns[i].primitive.name for i in unit.equations) if unit.kind in names else unit.kind
+        for unit in graph.units
+        if unit.kind != "input"
+    ]
+
+
+# -- the graph
+
+
+def test_elementwise_equations_that_feed_each_other_are_one_cluster():
+    assert kinds(graph_of(lambda x: jnp.tanh(jnp.sin(x) * 2) + x, f32(8, 8))) == ["sin+mul+tanh+add", "output"]
+
+
+def test_a_contraction_cuts_a_run_of_elementwise_equations():
+    found = kinds(graph_of(lambda x, w: jnp.tanh(jnp.sin(x) @ w) * 2, f32(8, 8), f32(8, 8)))
+    assert found == ["sin", "dot_general", "tanh+mul", "output"]
+
+
+def test_a_value_kept_across_a_contraction_may_be_laid_out_anew():
+    def step(x: jax.Array, w: jax.Array) -> jax.Array:
+        h = jnp.sin(x)
+        return jnp.tanh(h @ w) + h
+
+    graph = graph_of(step, f32(8, 8), f32(8, 8))
+    (h,) = (value for value in graph.groups if value.name == "sin")
+    assert len(graph.groups[h]) == 2
+    assert kinds(graph) == ["sin", "dot_general", "tanh+add", "output"]
+
+
+def test_several_contractions_read_one_view():
+    graph = graph_of(lambda x, a, b: ((x @ a), (x @ b)), f32(8, 8), f32(8, 4), f32(8, 4))
+    assert kinds(graph).count("view") == 1
+    (group,) = next(groups for value, groups in graph.groups.items() if value.name == "arg0")
+    assert group.anchor is not None and group.anchor.kind == "view"
+    assert len(group.uses) == 2
+
+
+def test_what_depends_on_no_argument_is_free():
+    def step(x: jax.Array) -> jax.Array:
+        mask = jnp.arange(8)[:, None] >= jnp.arange(8)[None, :]
+        return jnp.where(mask, x, 0.0)
+
+    graph = graph_of(step, f32(8, 8))
+    assert kinds(graph) == ["select_n", "output"]
+    assert sum(graph.free) == len(graph.program.equations) - 1
+
+
+def test_state_returns_in_the_layout_in_which_it_came():
+    step, args = STEPS["mlp"]
+    plan = autopar.plan(step, *args, mesh="data=2,tensor=4", hardware="v5e", preset="zero3")
+    specs = [argument.spec for argument in plan.arguments]
+    traced = trace(step, *args)
+    assert all(plan.outputs[o] == specs[i] for i, o in traced.state)
+    assert any(spec.axes for spec in specs)
+
+
+# -- the search against every choice there is
+
+TINY = {
+    "matmul": (lambda x, w: jnp.sin(x @ w), (f32(64, 32), f32(32, 16))),
+    "update": (lambda w, x: (w - 0.1 * (x.T @ x), jnp.sum(x)), (f32(32, 32), f32(64, 32))),
+    "softmax": (lambda x: jnp.exp(x) / jnp.sum(jnp.exp(x), -1, keepdims=True), (f32(64, 16),)),
+    "two readers": (lambda x, a: (x @ a) @ a.T, (f32(64, 32), f32(32, 16))),
+    "transpose": (lambda x: (x.T * 2).reshape(-1) + 1, (f32(8, 16),)),
+}
+
+
+@pytest.mark.parametrize("limit", [None, 0.6])
+@pytest.mark.parametrize("mesh", ["x=2", "x=2,y=2"])
+@pytest.mark.parametrize("name", TINY)
+def test_no_choice_of_the_formulation_is_cheaper_than_the_solvers(name, mesh, limit):
+    step, args = TINY[name]
+    formulator = prepare(trace(step, *args), v5e(mesh)).formulator
+    problem = formulator.formulate(1e12).problem
+    sizes = [len(costs) for costs in problem.nodes]
+    if math.prod(sizes) > 60_000:
+        pytest.skip(f"{math.prod(sizes)} choices")
+    choices = list(itertools.product(*map(range, sizes)))
+    if limit is not None:
+        peaks = [problem.peak(choice) for choice in choices]
+        problem = formulator.formulate(min(peaks) + limit * (max(peaks) - min(peaks))).problem
+    best = min(problem.cost(choice) for choice in choices if problem.feasible(choice))
+    found = solve(problem)
+    assert found.proven
+    assert found.objective == pytest.approx(best, rel=1e-9)
+
+
+# -- memory
+
+
+def test_too_little_memory_names_the_least_that_a_plan_needs():
+    step, args = STEPS["mlp"]
+    with pytest.raises(InfeasibleError, match=r"needs at least 0\.\d+ GB") as error:
+        autopar.plan(step, *args, mesh="data=2,tensor=4", hardware="v5e", memory_gb=1e-7)
+    assert "at the peak: " in str(error.value)
+    assert "--memory-gb" in str(error.value)
+
+
+def test_a_tighter_limit_never_makes_a_plan_cheaper():
+    step, args = STEPS["mlp"]
+    prepared = prepare(trace(step, *args), v5e("x=8"))
+    loose, formulation, choice = search(prepared, Limits(1e9))
+    peak = formulation.problem.peak(choice.strategies)
+    costs = [search(prepared, Limits(peak * share))[0].solution.objective_s for share in (0.95, 0.8)]
+    assert loose.solution.objective_s <= costs[0] * (1 + 1e-9) <= costs[1] * (1 + 1e-6)
+
+
+# -- pins
+
+
+MLP, MLP_ARGS = STEPS["mlp"]
+OPTIONS: dict[str, Any] = {"mesh": "data=2,tensor=4", "hardware": "v5e"}
+
+
+def test_a_pin_holds_in_the_plan_and_the_rest_adapts():
+    plan = autopar.plan(MLP, *MLP_ARGS, **OPTIONS, pins=(("^w1$", ",tensor"), ("^b2$", "data")))
+    assert plan.params["w1"] == ((), ("tensor",))
+    assert plan.params["b2"] == (("data",),)
+    assert plan.pins == (("^w1$", ",tensor"), ("^b2$", "data"))
+    free = autopar.plan(MLP, *MLP_ARGS, **OPTIONS)
+    assert plan.solution.objective_s >= free.solution.objective_s
+
+
+REFUSED_PINS = {
+    "no such value": ((("nothing", ","),), "matches no value of 2 dimensions"),
+    "wrong rank": ((("^w1$", ",,"),), "matches no value of 3 dimensions"),
+    "no such axis": ((("^w1$", "model,"),), "names axis 'model'"),
+    "axis twice": ((("^w1$", "data,data"),), "names an axis twice"),
+    "indivisible": ((("^arg1$", "data+tensor+nope,"),), "names axis 'nope'"),
+    "contradiction": ((("^w1$", ",tensor"), ("^w1$", "tensor,")), "w1 cannot be"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_PINS)
+def test_a_pin_that_cannot_hold_is_refused_by_name(name):
+    pins, text = REFUSED_PINS[name]
+    with pytest.raises(PinError, match=text):
+        autopar.plan(MLP, *MLP_ARGS, **OPTIONS, pins=pins)
+
+
+def test_a_pin_that_does_not_divide_the_shape_is_refused_by_name():
+    with pytest.raises(PinError, match=r"arg0 of shape \(6, 4\) cannot be laid out as \[tensor, -\]"):
+        autopar.plan(lambda x: x + 1, f32(6, 4), **OPTIONS, pins=(("arg0", "tensor,"),))
+
+
+def test_shapes_that_no_axis_divides_are_planned_around():
+    plan = autopar.plan(lambda w, x: w - x.T @ x, f32(7, 7), f32(9, 7), **OPTIONS)
+    assert not any(argument.spec.axes for argument in plan.arguments)
+
+
+def test_the_contradiction_of_a_pin_with_a_preset_is_refused():
+    with pytest.raises(PinError, match="another pin, the preset"):
+        autopar.plan(MLP, *MLP_ARGS, **OPTIONS, preset="dp", pins=(("^w1$", ",tensor"),))
+
+
+# -- presets
+
+
+def test_an_unknown_preset_is_refused_with_the_list():
+    with pytest.raises(PresetError, match="unknown preset 'zero9'") as error:
+        autopar.plan(MLP, *MLP_ARGS, **OPTIONS, preset="zero9")
+    assert "megatron" in str(error.value)
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,tensor=4"])
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"gshard", "tp2d"}))
+def test_no_preset_is_cheaper_than_the_unrestricted_plan(preset, mesh):
+    best = autopar.plan(MLP, *MLP_ARGS, mesh=mesh, hardware="v5e")
+    plan = autopar.plan(MLP, *MLP_ARGS, mesh=mesh, hardware="v5e", preset=preset)
+    assert best.solution.objective_s <= plan.solution.objective_s * (1 + 1e-9)
+    assert plan.prediction.step_s == pytest.approx(plan.solution.objective_s, rel=1e-9)
+
+
+def test_two_dimensional_tensor_parallelism_needs_two_axes():
+    with pytest.raises(PresetError, match="needs a mesh of two axes"):
+        autopar.plan(MLP, *MLP_ARGS, mesh="x=8", hardware="v5e", preset="tp2d")
+
+
+def test_experts_need_expert_weights():
+    with pytest.raises(PresetError, match="needs expert weights"):
+        autopar.plan(MLP, *MLP_ARGS, **OPTIONS, preset="gshard")
+
+
+PRESET_STATE = {
+    "dp": lambda shards: set(shards.values()) == {1},
+    "zero3": lambda shards: set(shards.values()) == {8},
+    "fsdp": lambda shards: set(shards.values()) == {8},
+    "megatron": lambda shards: {shards["w1"], shards["w2"]} == {4},
+    "tp2d": lambda shards: {shards["w1"], shards["w2"]} == {8},
+}
+
+
+@pytest.mark.parametrize("preset", PRESET_STATE)
+def test_a_preset_shards_the_state_as_its_paper_says(preset):
+    plan = autopar.plan(MLP, *MLP_ARGS, **OPTIONS, preset=preset)
+    shards = {arg.name: arg.spec.shards(plan.mesh.sizes) for arg in plan.arguments if arg.state}
+    assert PRESET_STATE[preset](shards), shards
+
+
+# -- prices
+
+
+def test_planning_uses_the_cost_model_that_it_is_given():
+    """Where a collective costs little per call the weight is gathered, where it costs much everything is replicated."""
+    step = lambda p, x: {"w": p["w"] - x.T @ x}  # noqa: E731
+    found = {}
+    for alpha in (0.0, 1e6):
+        cost = Priced(Mesh.parse("a=2"), (alpha,), (1.0,))
+        plan = autopar.plan(step, {"w": f32(32, 32)}, f32(64, 32), cost=cost)
+        assert plan.prediction.step_s == pytest.approx(plan.solution.objective_s)
+        found[alpha] = sum(c.count for c in plan.prediction.collectives)
+    assert found[1e6] == 0
+
+
+@dataclass(frozen=True)
+class Priced(AlpaCost):
+    """Alpa's prices, and a unit for each floating-point operation."""
+
+    def compute_s(self, work: Work) -> float:
+        return work.flops
+
+
+# -- primitives without a rule
+
+
+def test_a_primitive_without_a_rule_is_replicated_and_reported_with_its_line():
+    mystery = Primitive("mystery")
+    mystery.def_abstract_eval(lambda x: x)
+
+    def step(x: jax.Array) -> Any:
+        return jnp.sin(mystery.bind(x))
+
+    plan = autopar.plan(step, f32(8, 8), mesh="x=8", hardware="v5e")
+    ((name, line),) = plan.solution.replicated_primitives
+    assert name == "mystery"
+    assert "test_search.py" in line
+    with pytest.raises(UnknownPrimitiveError, match="mystery has no sharding rule"):
+        autopar.plan(step, f32(8, 8), mesh="x=8", hardware="v5e", strict=True)
