@@ -13,7 +13,7 @@ import jax
 
 from autopar.cluster import Mesh, mesh_candidates
 from autopar.compat import shape_struct
-from autopar.cost import CostModel, RooflineCost, hardware, rounds_products
+from autopar.cost import CostModel, RooflineCost, hardware, on_chip_bytes, rounds_products
 from autopar.errors import InfeasibleError, PlanError
 from autopar.ir.arguments import Adapted, adapt
 from autopar.ir.fingerprint import fingerprint
@@ -29,6 +29,9 @@ from autopar.solver import Choice
 
 AXES = ("data", "tensor")
 """Axis names of the meshes tried when the user names none."""
+
+MEMORY_GAP = 2e-3
+"""How close to its bound the solver must come under a memory limit; the last tenth of a percent can take minutes."""
 
 MEMORY_ROUNDS = 4
 """How often the solver's limit is tightened when the lowered program's peak is above the limit."""
@@ -122,9 +125,7 @@ def plan_traced(traced: Traced, trace_s: float, options: Options) -> Plan:
     assert best is not None
     named = options.hardware or best.hardware  # the file of a profile, not the name that it bears
     timed = replace(best.solution, trace_s=trace_s)
-    return replace(
-        best, hardware=named, solution=timed, place=functools.partial(argument_shardings, traced.in_tree)
-    )
+    return replace(best, hardware=named, solution=timed, place=functools.partial(argument_shardings, traced.in_tree))
 
 
 def argument_shardings(tree: Any, plan: Plan, devices: Sequence[Any] | None = None) -> Any:
@@ -136,28 +137,33 @@ def argument_shardings(tree: Any, plan: Plan, devices: Sequence[Any] | None = No
 def plan_prepared(prepared: Prepared, cost: CostModel, options: Options, masks: Masks | None = None) -> Plan:
     """The best plan on one mesh under the preset and pins (or ``masks`` instead of them).
 
-    Tightens the solver's memory until the program fits.
+    Memory is priced only when the best plan without a limit does not fit; then the solver's limit is tightened until
+    the lowered program does.
     """
     if masks is None:
         masks = restrict(prepared.graph, prepared.formulator, options.preset, options.pins)
+    unlimited = Limits(None, options.seconds, on_progress=options.on_progress)
+    found = _lowered(prepared, cost, options, *search(prepared, unlimited, masks))
     limit = options.limit_bytes(cost)
-    allowed, found = limit, None
+    most = limit + on_chip_bytes(cost)  # the solver's rows count what the compiler may put on the chip
+    allowed = most
     for attempt in range(MEMORY_ROUNDS):
-        limits = Limits(allowed, options.seconds, on_progress=options.on_progress, count_copies=attempt > 0)
+        if found.prediction.peak_bytes <= limit:
+            return found
+        limits = Limits(allowed, options.seconds, MEMORY_GAP, options.on_progress, count_copies=attempt > 0)
         try:
             found = _lowered(prepared, cost, options, *search(prepared, limits, masks))
         except InfeasibleError as error:
             # The solver counts a little differently from the lowered program: take the least that it can reach.
             least = getattr(error.__cause__, "least_bytes", math.inf)
-            if attempt == 0 or not allowed < least <= limit:
+            if attempt == 0 or not allowed < least <= most:
                 raise
             allowed = least * (1 + 1e-6)
             continue
-        if found.prediction.peak_bytes <= limit:
-            return found
         if attempt > 0:
-            allowed *= 0.98 * limit / found.prediction.peak_bytes
-    assert found is not None
+            allowed *= 0.98 * most / (found.prediction.peak_bytes + most - limit)
+    if found.prediction.peak_bytes <= limit:
+        return found
     raise InfeasibleError(
         f"no plan was found that fits {limit / 1e9:.3f} GB a device",
         where=f"mesh {cost.mesh}; the last plan needs {found.prediction.peak_bytes / 1e9:.3f} GB",
@@ -190,12 +196,14 @@ def prediction(local: LocalProgram, compute_s: float, cost: CostModel) -> Predic
     """What a local program costs; ``compute_s`` is the planner's price of its equations."""
     buffers = predict.live_buffers(local, rounds_products=rounds_products(cost))
     communication_s = predict.communication_s(local)
+    state_bytes = sum(predict.local_bytes(slot, local) for slot in local.inputs)
+    peak_bytes = predict.peak(buffers)[0]
     return Prediction(
         step_s=compute_s + communication_s,
         compute_s=compute_s,
         communication_s=communication_s,
-        peak_bytes=predict.peak(buffers)[0],
-        state_bytes=sum(predict.local_bytes(slot, local) for slot in local.inputs),
+        peak_bytes=max(state_bytes, peak_bytes - on_chip_bytes(cost)),
+        state_bytes=state_bytes,
         flops=predict.flops(local),
         collectives=predict.collectives(local),
     )
@@ -324,9 +332,7 @@ class _Compiled:
             if i in donated and isinstance(leaf, jax.Array) and (not there or id(leaf) in seen):
                 shared.append(i)
             seen.add(id(leaf))
-            placed.append(
-                leaf if there else jax.device_put(leaf, sharding, may_alias=False if i in donated else None)
-            )
+            placed.append(leaf if there else jax.device_put(leaf, sharding, may_alias=False if i in donated else None))
         # device_put may keep a shard of its source, may_alias or not: only a program's results are surely new buffers.
         for i, copy in zip(shared, _copies([placed[i] for i in shared]), strict=True):
             placed[i] = copy

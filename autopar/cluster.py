@@ -34,9 +34,7 @@ class Mesh:
         for part in text.split(","):
             name, _, size = part.partition("=")
             if not name.strip().isidentifier() or not size.strip().isdecimal():
-                raise MeshError(
-                    f"mesh '{text}': '{part}' is not name=size", fix="write it as data=2,tensor=4"
-                )
+                raise MeshError(f"mesh '{text}': '{part}' is not name=size", fix="write it as data=2,tensor=4")
             axes.append((name.strip(), int(size)))
         return Mesh(tuple(axes))
 
@@ -93,6 +91,7 @@ class Device:
         memory_bytes: the memory a program may use.
         memory_Bps: the bandwidth of that memory in bytes per second.
         memory_efficiency: the share of it that a streaming kernel reaches, in (0, 1].
+        on_chip_bytes: memory on the chip that the compiler fills with temporaries before it uses the other (TPU VMEM).
     """
 
     name: str
@@ -101,6 +100,7 @@ class Device:
     memory_bytes: float
     memory_Bps: float
     memory_efficiency: float
+    on_chip_bytes: float = 0.0
 
     @property
     def rounds_products(self) -> bool:

@@ -49,3 +49,12 @@ def shape_struct(leaf: Any) -> jax.ShapeDtypeStruct:
         return leaf
     aval = jax.typeof(leaf)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def scan_params(params: Mapping[str, Any], n_operands: int) -> dict[str, Any]:
+    """The parameters of a scan with ``num_consts`` and ``num_carry``, which JAX 0.12 keeps in trees."""
+    if "ft_in" not in params:
+        return dict(params)
+    constants, carry, _ = (len(list(part)) for part in params["ft_in"].update(range(n_operands)).unpack())
+    kept = {name: value for name, value in params.items() if name not in ("ft_in", "ft_out")}
+    return kept | {"num_consts": constants, "num_carry": carry}

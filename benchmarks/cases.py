@@ -59,7 +59,7 @@ def cases() -> Iterator[Case]:
 
 
 def slow_device(mesh: str) -> RooflineCost:
-    """A device so slow, on links so quick, that sharding a tiny step pays: plans look like those of large steps."""
+    """A device so slow that sharding a tiny step pays: its plans look like those of large steps."""
     cluster = hardware("v5e")
     device = replace(cluster.device, peak_flops=(("float32", 1e9),), memory_Bps=1e8)
     link = replace(cluster.link, alpha_s=1e-7)

@@ -1,10 +1,11 @@
-"""Every model x mesh x preset on 8 CPU devices: losses against one device, compiled against predicted collectives.
+"""Every model x mesh x preset on 8 CPU devices: losses and collectives, against one device and the plan.
 
     python -m benchmarks.fidelity [--models gpt moe] [--meshes data=8] [--presets dp none] [--steps 10]
 
-One line per case: largest relative difference of the loss, FLOPs of XLA over predicted ones (all; of matrix products
-and convolutions), collectives that agree; then a line per difference. XLA on CPU counts random bits once per loop, so that
-the first ratio is below one where dropout weighs, as it does in a tiny step.
+One line per case: largest relative difference of the loss, FLOPs of XLA over predicted ones (all; of matrix
+products and convolutions), collectives that agree; then a line per difference. XLA on CPU counts random bits
+once per loop, so that the first ratio is below one where dropout weighs, as it does in a tiny step. The second
+counts a convolution as if it had no padding.
 """
 
 import argparse
@@ -14,15 +15,13 @@ import time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-import jax  # noqa: E402  (after the environment)
+import jax
 
-from benchmarks.cases import MESHES, PRESETS, TINY, Built, Case, cases, reference_losses  # noqa: E402
+from benchmarks.cases import MESHES, PRESETS, TINY, Built, Case, cases, reference_losses
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(TINY), choices=list(TINY))
     parser.add_argument("--meshes", nargs="+", default=list(MESHES))
     parser.add_argument("--presets", nargs="+", default=["none", *PRESETS])
@@ -50,7 +49,7 @@ def report(case: Case, steps: int) -> None:
     verdict = f"{n_kinds - len(differences)}/{n_kinds} equal, {unexplained} unexpl."
     seconds = time.perf_counter() - start
     ratios = " ".join(f"{ratio:8.3f}" for ratio in built.flops_ratios())
-    print(f"{str(case):44} {error:10.1e} {ratios} {verdict:>24} {seconds:8.1f}", flush=True)
+    print(f"{case!s:44} {error:10.1e} {ratios} {verdict:>24} {seconds:8.1f}", flush=True)
     for d in differences:
         print(
             f"    {d.kind} {'+'.join(d.axes)}: predicted {d.predicted_count} of {d.predicted_bytes:.0f} B,"

@@ -1,24 +1,28 @@
-"""The unrestricted plan against every preset, planned only: ``python -m benchmarks.quality [--models gpt moe] [--hardware v5e]``.
+"""The unrestricted plan against every preset, planned only.
 
-One line per model, mesh and hardware: predicted milliseconds of a step, unrestricted and under each preset, and the
-solver's objectives where they contradict "never worse". ``--show`` prints the collectives of every plan.
+    python -m benchmarks.quality [--models gpt moe] [--meshes data=8] [--hardware v5e] [--show]
+
+One line per model, mesh and hardware: milliseconds of a step, predicted / the solver's objective, unrestricted
+and under each preset. ``!``: a preset's objective is lower, ``~``: its predicted step is, ``?``: not proven optimal,
+``-``: does not apply or does not fit the memory. ``--show`` prints the collectives of every plan.
 """
 
 import argparse
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-from autopar.api import Options, plan_prepared, traced_in_time  # noqa: E402
-from autopar.errors import InfeasibleError, PresetError  # noqa: E402
-from autopar.ir.arguments import adapt  # noqa: E402
-from autopar.ir.trace import Traced  # noqa: E402
-from autopar.plan import Plan  # noqa: E402
-from autopar.planner.search import prepare  # noqa: E402
-from benchmarks.cases import MESHES, PRESETS, make  # noqa: E402
+from autopar.api import Options, plan_prepared, traced_in_time
+from autopar.errors import InfeasibleError, PresetError
+from autopar.ir.arguments import adapt
+from autopar.ir.trace import Traced
+from autopar.plan import Plan
+from autopar.planner.search import prepare
+from benchmarks.cases import MESHES, PRESETS, make
 
 TEXT: dict[str, Any] = {"layers": 2, "width": 1024, "heads": 16, "vocab": 8192, "seq": 512, "batch": 32}
 REALISTIC: dict[str, dict[str, Any]] = {
@@ -35,9 +39,7 @@ HARDWARE = ("v5e", "h100", "cpu")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(REALISTIC), choices=list(REALISTIC))
     parser.add_argument("--meshes", nargs="+", default=list(MESHES))
     parser.add_argument("--hardware", nargs="+", default=list(HARDWARE))
@@ -82,14 +84,10 @@ def cell(found: Plan | None, free: Plan | None) -> str:
 
 def planned(traced: Traced, options: Options, preset: str) -> Plan | None:
     """The plan under a preset; None where the preset does not apply."""
-    from dataclasses import replace
-
     cost = options.cost_model(options.meshes()[0])
     try:
         return plan_prepared(prepare(traced, cost), cost, replace(options, preset=preset))
-    except PresetError:
-        return None
-    except InfeasibleError:
+    except (PresetError, InfeasibleError):
         return None
 
 

@@ -107,7 +107,7 @@ def test_a_step_already_under_jit_is_planned_like_the_plain_one():
 
 
 def test_planning_stays_a_function_after_the_module_of_the_plan_is_imported():
-    import autopar.plan.data  # noqa: F401
+    import autopar.plan.data
 
     assert callable(autopar.plan)
 
@@ -265,7 +265,9 @@ def test_orbax_restores_a_checkpoint_into_the_plans_shardings(sharded, tmp_path)
     with checkpoint.StandardCheckpointer() as saver:
         saver.save(tmp_path / "state", state)
     target = jax.tree.map(
-        lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place), params, sharded.shardings[0]
+        lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place),
+        params,
+        sharded.shardings[0],
     )
     with checkpoint.StandardCheckpointer() as reader:
         restored = reader.restore(tmp_path / "state", target)

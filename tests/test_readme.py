@@ -37,9 +37,7 @@ def run_snippets(text: str) -> tuple[str, list[tuple[str, str]]]:
 
 def test_every_python_snippet_of_the_readme_prints_what_it_says(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(
-        SHARDING_RULES, "scale_rows", lambda *_: None
-    )  # so that the README's own is taken back
+    monkeypatch.setitem(SHARDING_RULES, "scale_rows", lambda *_: None)  # so that the README's own is taken back
     text, pairs = run_snippets(README.read_text(encoding="utf-8"))
     assert len(pairs) >= 3
     if request.config.getoption("--update-golden"):

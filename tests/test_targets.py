@@ -75,9 +75,7 @@ def test_shapes_are_asked_for_where_make_takes_abstract(checkout):
 
 def test_a_file_that_does_not_import_is_reported(checkout):
     (checkout / "broken.py").write_text("import nothing_of_that_name\n")
-    with pytest.raises(
-        TargetError, match="does not import: ModuleNotFoundError: No module named 'nothing_of"
-    ):
+    with pytest.raises(TargetError, match="does not import: ModuleNotFoundError: No module named 'nothing_of"):
         load(str(checkout / "broken.py"))
 
 

@@ -38,9 +38,7 @@ def command(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., None]
 
 
 TargetText = Annotated[str, typer.Argument(metavar="TARGET", help=SHAPE)]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the target.")
-]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the target.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, as autopar plan -o writes it.")]
 
@@ -51,15 +49,11 @@ class Searching:
 
     target: TargetText
     set: Sets = None
-    mesh: Annotated[
-        str | None, typer.Option(help="Mesh, as data=2,tensor=4; without it, every shape is tried.")
-    ] = None
+    mesh: Annotated[str | None, typer.Option(help="Mesh, as data=2,tensor=4; without it, every shape is tried.")] = None
     devices: Annotated[int | None, typer.Option(min=1, help="Devices to plan for.")] = None
     hardware: Annotated[str | None, typer.Option(help="Profile name or file; detected by default.")] = None
     memory_gb: Annotated[float | None, typer.Option(min=0, help="Memory of a device in 1e9 bytes.")] = None
-    pin: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN=SPEC", help="As 'params/.*kernel=,tensor'.")
-    ] = None
+    pin: Annotated[list[str] | None, typer.Option(metavar="PATTERN=SPEC", help="As 'params/.*kernel=,tensor'.")] = None
     seconds: Annotated[float, typer.Option(min=0, help="Time for the solver, per mesh.")] = 60.0
     strict: Annotated[bool, typer.Option(help="Refuse primitives without a sharding rule.")] = False
     costs: Annotated[str, typer.Option(help="Prices of computation: roofline or measured.")] = "roofline"
@@ -141,8 +135,6 @@ class Solving:
 class Calibrating:
     """A profile of the devices at hand."""
 
-    output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write.")] = Path(
-        "profile.json"
-    )
+    output: Annotated[Path, typer.Option("-o", "--output", help="The profile to write.")] = Path("profile.json")
     devices: Annotated[int | None, typer.Option(min=1, help="CPU devices to force.")] = None
     quick: Annotated[bool, typer.Option(help="Few small sizes: seconds instead of minutes.")] = False

@@ -131,7 +131,7 @@ def plan_job(job: Job, preset: str = "") -> Plan:
         for number, (options, _) in enumerate(choices, 1):
             where = f"planning for mesh {options.mesh} ({number} of {len(choices)})"
             update(where)
-            told = replace(options, preset=preset, on_progress=_teller(update, where))
+            told = replace(options, preset=preset, on_progress=_teller(update, where, interrupts))
             try:
                 found = api.plan_traced(job.traced, job.trace_s, told)
             except (InfeasibleError, PinError) as error:
@@ -175,12 +175,14 @@ def provenance(job: Job) -> dict[str, str]:
     }
 
 
-def _teller(update: Callable[[str], None], where: str) -> Callable[[Any], None]:
-    """Shows incumbent and bound of a running solve."""
+def _teller(update: Callable[[str], None], where: str, interrupts: Sequence[int]) -> Callable[[Any], None]:
+    """Shows incumbent and bound of a running solve; after a Ctrl-C, ends each later one at its first incumbent."""
 
     def tell(at: Any) -> None:
         cost = f"{at.incumbent * 1e3:.3f} ms" if at.incumbent < float("inf") else "none yet"
         update(f"{where}: {at.stage}, best {cost}, at least {max(at.bound, 0) * 1e3:.3f} ms")
+        if interrupts and at.incumbent < float("inf") and at.stage != "done":
+            raise KeyboardInterrupt
 
     return tell
 

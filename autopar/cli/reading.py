@@ -12,7 +12,7 @@ from autopar.plan import Plan
 from autopar.plan.figures import flops, nbytes, seconds
 from autopar.plan.terminal import escape, table
 from autopar.planner import diff as differ
-from autopar.planner.explain import Alternative, alternatives, find_value, specs_of
+from autopar.planner.explain import Alternative, alternatives, find_value, readers_of, specs_of
 from autopar.planner.pins import restrict
 from autopar.planner.search import prepare
 from autopar.spec import Spec
@@ -27,11 +27,13 @@ def explain(request: Explaining) -> None:
         else:
             show(plan, _values_table(plan))
         return
-    found = _alternatives(plan, _job(plan, request), request.value)
+    found, readers = _alternatives(plan, _job(plan, request), request.value)
     if request.json:
-        show_json({"value": request.value, "alternatives": [_as_json(one) for one in found]})
+        alternatives = [_as_json(one) for one in found]
+        show_json({"value": request.value, "read_by": list(readers), "alternatives": alternatives})
     else:
-        show(_why(plan, request.value), _alternatives_table(request.value, found))
+        show(_why(plan, request.value), _readers_table(plan, request.value, readers))
+        show(_alternatives_table(request.value, found))
 
 
 def _values_table(plan: Plan) -> Any:
@@ -47,9 +49,7 @@ def _job(plan: Plan, request: Explaining) -> Job:
     recorded = plan.provenance
     text = request.target or recorded.get("target", "")
     if not text:
-        raise PlanError(
-            f"{request.plan} does not say what it is a plan for", fix="add --target path/to/file.py"
-        )
+        raise PlanError(f"{request.plan} does not say what it is a plan for", fix="add --target path/to/file.py")
     target = read_target(text, request.set or recorded.get("settings", "").split())
     force_devices(plan.mesh.n_devices)
     memory = recorded.get("memory_gb", "")
@@ -66,18 +66,21 @@ def _job(plan: Plan, request: Explaining) -> Job:
     return Job(target, traced, trace_s, options, recorded.get("costs") or "roofline")
 
 
-def _alternatives(plan: Plan, job: Job, name: str) -> list[Alternative]:
+def _alternatives(plan: Plan, job: Job, name: str) -> tuple[list[Alternative], tuple[str, ...]]:
+    """What else the value could be, cheapest first, and the equations that read it."""
     ((options, cost),) = job.per_mesh()
     with progress("building the problem") as update:
         prepared = prepare(job.traced, cost)
         masks = restrict(prepared.graph, prepared.formulator, plan.preset, plan.pins)
-        total, found = len(specs_of(prepared, find_value(prepared.graph, name))), []
+        value = find_value(prepared.graph, name)
+        total, found = len(specs_of(prepared, value)), []
         replan = lambda narrowed: api.plan_prepared(prepared, cost, options, narrowed)  # noqa: E731
         update(f"alternative 1 of {total - 1}")
         for one in alternatives(prepared, plan, name, masks, replan):
             found.append(one)
             update(f"alternative {len(found)} of {total - 1}")
-    return sorted(found, key=lambda one: (bool(one.refused), one.objective_s))
+    ordered = sorted(found, key=lambda one: (bool(one.refused), one.objective_s))
+    return ordered, readers_of(prepared.graph, value)
 
 
 def _why(plan: Plan, name: str) -> str:
@@ -85,9 +88,17 @@ def _why(plan: Plan, name: str) -> str:
     shapes = {argument.name: argument.shape for argument in plan.arguments}
     shape = f" of shape {shapes[name]}" if name in shapes else ""
     splits = ", ".join(f"{axis} splits {split}" for axis, split in plan.equations.get(name, ()))
-    return escape(
-        f"{name}{shape} lies as {plan.values[name]} on mesh {plan.mesh}{f'; {splits}' if splits else ''}"
-    )
+    return escape(f"{name}{shape} lies as {plan.values[name]} on mesh {plan.mesh}{f'; {splits}' if splits else ''}")
+
+
+def _readers_table(plan: Plan, name: str, readers: tuple[str, ...]) -> Any:
+    """The equations that read a value, what each mesh axis splits in them, and the copy that they read."""
+    shown = table(f"equations that read {name}", "equation|what each axis splits|from a copy laid out as")
+    copies = {reader: view.spec for view in plan.views.get(name, ()) for reader in view.readers}
+    for reader in readers:
+        splits = ", ".join(f"{axis}: {split}" for axis, split in plan.equations.get(reader, ()))
+        shown.add_row(reader, splits, escape(str(copies[reader])) if reader in copies else "")
+    return shown
 
 
 def _alternatives_table(name: str, found: list[Alternative]) -> Any:
@@ -98,16 +109,12 @@ def _alternatives_table(name: str, found: list[Alternative]) -> Any:
             shown.add_row(escape(str(one.spec)), "", "", "", "", f"none: {one.refused}")
             continue
         times = (_signed_s(x) for x in (one.objective_s, one.compute_s, one.communication_s))
-        shown.add_row(
-            escape(str(one.spec)), *times, _signed_bytes(one.peak_bytes), "chosen" if one.chosen else ""
-        )
+        shown.add_row(escape(str(one.spec)), *times, _signed_bytes(one.peak_bytes), "chosen" if one.chosen else "")
     return shown
 
 
 def _signed_s(value_s: float) -> str:
-    return (
-        f"+{seconds(value_s)}" if value_s >= 1e-12 else "0" if value_s > -1e-12 else f"-{seconds(-value_s)}"
-    )
+    return f"+{seconds(value_s)}" if value_s >= 1e-12 else "0" if value_s > -1e-12 else f"-{seconds(-value_s)}"
 
 
 def _signed_bytes(value: float) -> str:
@@ -165,7 +172,6 @@ def _diff_json(found: differ.PlanDiff) -> dict[str, Any]:
         "figures": {f.name: {"before": f.before, "after": f.after} for f in found.figures},
         "collectives": {f.name: {"before": f.before, "after": f.after} for f in found.collectives},
         "modules": {
-            module.name: {c.name: [str(c.before), str(c.after)] for c in module.changes}
-            for module in found.modules
+            module.name: {c.name: [str(c.before), str(c.after)] for c in module.changes} for module in found.modules
         },
     }

@@ -2,7 +2,7 @@
 
 from autopar.cost.alpa import AlpaCost
 from autopar.cost.compute import duplicable, equation_flops, equation_transcendentals, fusible
-from autopar.cost.model import COLLECTIVES, CostModel, RooflineCost, Work, rounds_products
+from autopar.cost.model import COLLECTIVES, CostModel, RooflineCost, Work, on_chip_bytes, rounds_products
 from autopar.cost.profiles import PROFILES, hardware, read_profile, write_profile
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "equation_transcendentals",
     "fusible",
     "hardware",
+    "on_chip_bytes",
     "read_profile",
     "rounds_products",
     "write_profile",

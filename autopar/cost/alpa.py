@@ -34,9 +34,7 @@ class AlpaCost:
         49153.01
         """
         total = 0.0
-        for (name, size), alpha, beta in zip(
-            self.mesh.axes[::-1], self.alpha[::-1], self.beta[::-1], strict=True
-        ):
+        for (name, size), alpha, beta in zip(self.mesh.axes[::-1], self.alpha[::-1], self.beta[::-1], strict=True):
             if name not in axes or size == 1:
                 continue
             total += alpha + beta * _moved(kind, size) * nbytes + _EXTRA[kind]

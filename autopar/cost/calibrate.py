@@ -91,9 +91,7 @@ def _jobs(sizes: Sizes, mesh: jax.sharding.Mesh) -> Iterator[_Job]:
             yield kind, "float32", 4.0 * _buffer(kind, shape, mesh.size), _timer(run, shape, "float32", mesh)
 
 
-def _timer(
-    run: Callable[..., Any], shape: tuple[int, ...], dtype: str, mesh: jax.sharding.Mesh
-) -> Callable[[], float]:
+def _timer(run: Callable[..., Any], shape: tuple[int, ...], dtype: str, mesh: jax.sharding.Mesh) -> Callable[[], float]:
     def measure() -> float:
         program = timing.on_every_device(run, mesh)
         return timing.seconds_per_call(program, [timing.random_operand(shape, dtype, mesh)])
@@ -167,10 +165,7 @@ def _link(samples: Sequence[Sample], n_devices: int) -> Link | None:
 
     def fitted(exchanges: bool) -> Link:
         chosen = [s for s in samples if (s.kind == "all_to_all") == exchanges]
-        rows = [
-            tuple(unit.collective_s(s.kind, s.amount, (timing.AXIS,)) for unit in (steps, passes))
-            for s in chosen
-        ]
+        rows = [tuple(unit.collective_s(s.kind, s.amount, (timing.AXIS,)) for unit in (steps, passes)) for s in chosen]
         alpha_s, s_per_byte = _least_squares(rows, [s.seconds for s in chosen])
         return Link(bandwidth_Bps=1 / s_per_byte if s_per_byte else float("inf"), alpha_s=alpha_s)
 

@@ -37,9 +37,7 @@ MOVING = _names(
 )
 """No arithmetic, and (save across an optimization barrier) nothing but an index map for whoever reads it."""
 
-REDUCTIONS = _names(
-    """argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor"""
-)
+REDUCTIONS = _names("""argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor""")
 SCANS = _names("cumlogsumexp cummax cummin cumprod cumsum")
 
 # Threefry-2x32 makes two words from 20 rounds of add, rotate (2 shifts, or) and xor, and 5 key injections

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
-from autopar.cluster import Cluster, Link, Mesh
+from autopar.cluster import Cluster, Device, Link, Mesh
 
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "collective_permute")
 
@@ -211,7 +211,19 @@ def _hierarchical_s(levels: list[Level], nbytes: float) -> float:
     return total_s
 
 
+def device_of(cost: CostModel) -> Device | None:
+    """The device that a cost model prices; None for one that knows no hardware."""
+    cluster = getattr(getattr(cost, "inner", cost), "cluster", None)
+    return cluster.device if isinstance(cluster, Cluster) else None
+
+
 def rounds_products(cost: CostModel) -> bool:
     """Whether the devices of a cost model take float32 operands of matrix products as bfloat16; False if it has none."""
-    cluster = getattr(getattr(cost, "inner", cost), "cluster", None)
-    return cluster is not None and cluster.device.rounds_products
+    device = device_of(cost)
+    return device is not None and device.rounds_products
+
+
+def on_chip_bytes(cost: CostModel) -> float:
+    """Memory on the chip that holds temporaries besides ``memory_bytes``; 0 for a cost model without hardware."""
+    device = device_of(cost)
+    return 0.0 if device is None else device.on_chip_bytes

@@ -10,9 +10,7 @@ from autopar.cluster import Cluster, Device, Link
 from autopar.errors import HardwareError
 
 _DATA = resources.files("autopar.cost") / "data"
-PROFILES = tuple(
-    sorted(entry.name.removesuffix(".json") for entry in _DATA.iterdir() if entry.name.endswith(".json"))
-)
+PROFILES = tuple(sorted(entry.name.removesuffix(".json") for entry in _DATA.iterdir() if entry.name.endswith(".json")))
 """The names that ``hardware`` knows."""
 
 

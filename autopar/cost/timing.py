@@ -26,9 +26,7 @@ def on_every_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., A
     Devices that share a host or a memory bus are thus timed under the load that they have in a step.
     """
     everywhere = PartitionSpec()
-    return jax.jit(
-        jax.shard_map(function, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
-    )
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False))
 
 
 def random_operand(shape: tuple[int, ...], dtype: str, mesh: Mesh) -> jax.Array:

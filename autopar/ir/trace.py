@@ -167,7 +167,7 @@ class _Flattener:
         """What a jaxpr closes over: scalars are written into the equations, arrays become inputs, each once."""
         found: list[Atom] = []
         for const, var in zip(consts, jaxpr.constvars, strict=True):
-            scalar = np.ndim(const) == 0 and not jax.dtypes.issubdtype(var.aval.dtype, jax.dtypes.extended)
+            scalar = np.ndim(const) == 0 and not jax.numpy.issubdtype(var.aval.dtype, jax.dtypes.extended)
             found.append(Constant(const, var.aval) if scalar else self.array(const, var.aval))
         return found
 
@@ -236,8 +236,10 @@ class _Flattener:
         self, eqn: Any, inputs: list[Atom], bodies: tuple[Program, ...]
     ) -> tuple[list[Atom], tuple[Program, ...], dict[str, Any]]:
         """Passes the arrays that bodies close over as operands (a while loop is run as it is and keeps them)."""
+        is_scan = eqn.primitive.name == "scan"
+        params = compat.scan_params(eqn.params, len(inputs)) if is_scan else eqn.params
         if eqn.primitive.name not in ("scan", "cond") or not any(body.constants for body in bodies):
-            return inputs, bodies, eqn.params
+            return inputs, bodies, params
         outer: list[Atom] = []
         added: list[list[Value]] = [[] for _ in bodies]
         for body in bodies:
@@ -245,14 +247,13 @@ class _Flattener:
                 outer.append(self.array(const, value.aval))
                 for other, extra in zip(bodies, added, strict=True):
                     extra.append(value if other is body else Value(self.unique(value.name), value.aval))
-        is_scan = eqn.primitive.name == "scan"
-        at = eqn.params["num_consts"] if is_scan else len(bodies[0].arguments)
+        at = params["num_consts"] if is_scan else len(bodies[0].arguments)
         opened = tuple(
             Program((*body.arguments[:at], *extra, *body.arguments[at:]), body.outputs, body.equations)
             for body, extra in zip(bodies, added, strict=True)
         )
-        params = eqn.params | ({"num_consts": at + len(outer)} if is_scan else {})
         first = at if is_scan else at + 1  # the first operand of a cond picks the branch
+        params = params | ({"num_consts": at + len(outer)} if is_scan else {})
         return [*inputs[:first], *outer, *inputs[first:]], opened, params
 
     def barrier(self, inputs: list[Atom], scope: str) -> list[Atom]:
@@ -314,9 +315,7 @@ def flatten(closed: Any, names: Sequence[str]) -> Program:
     """
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     flattener = _Flattener()
-    arguments = tuple(
-        Value(flattener.unique(name), var.aval) for name, var in zip(names, jaxpr.invars, strict=True)
-    )
+    arguments = tuple(Value(flattener.unique(name), var.aval) for name, var in zip(names, jaxpr.invars, strict=True))
     constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     atoms = flattener.constants(jaxpr, [constants[var] for var in jaxpr.constvars])
     outputs = flattener.inline(jaxpr, atoms, arguments, "")

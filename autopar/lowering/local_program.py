@@ -156,10 +156,7 @@ class _Builder:
         self.pieces: dict[tuple[Value, Spec], Slot] = {}
         self.wanted: dict[Value, Spec] = {}
         self.view_of: dict[tuple[str, str], View] = {
-            (name, reader): view
-            for name, views in plan.views.items()
-            for view in views
-            for reader in view.readers
+            (name, reader): view for name, views in plan.views.items() for view in views for reader in view.readers
         }
 
     def build(self, program: Program, arrive: Sequence[Spec | None], leave: Sequence[Spec]) -> LocalProgram:
@@ -245,12 +242,8 @@ class _Builder:
     def _operands(self, eqn: Equation, specs: tuple[Spec, ...]) -> tuple[Operand, ...]:
         """Slots of every operand in the spec that the strategy needs."""
         wanted = list(zip(eqn.inputs, specs, strict=True))
-        sources = [
-            atom if isinstance(atom, Constant) else self._source(atom, eqn.name) for atom in eqn.inputs
-        ]
-        ready = [
-            s for s, (_, spec) in zip(sources, wanted, strict=True) if isinstance(s, Slot) and s.spec == spec
-        ]
+        sources = [atom if isinstance(atom, Constant) else self._source(atom, eqn.name) for atom in eqn.inputs]
+        ready = [s for s, (_, spec) in zip(sources, wanted, strict=True) if isinstance(s, Slot) and s.spec == spec]
         anchor = ready[-1] if ready else None
         moved: dict[tuple[int, Spec], Slot] = {}
         found: list[Operand] = []
@@ -334,7 +327,7 @@ class _Builder:
 
     def _cond(self, eqn: Equation) -> None:
         (index,) = self._entering(eqn.inputs[:1], [Spec(())], [eqn.name])
-        sources = [self.slots[atom] if atom in self.slots else atom for atom in eqn.inputs[1:]]
+        sources = [self.slots.get(atom, atom) for atom in eqn.inputs[1:]]  # type: ignore[arg-type]
         leave = [_planned(self.plan, value) for value in eqn.outputs]
         bodies = tuple(self._branch(body, sources, leave) for body in eqn.bodies)
         outputs = tuple(Slot(value, spec) for value, spec in zip(eqn.outputs, leave, strict=True))
@@ -342,24 +335,18 @@ class _Builder:
         self.instructions.append(Branch(eqn, bodies, (index, *entering), outputs))
         self._leaving(outputs)
 
-    def _branch(
-        self, body: Program, sources: Sequence[Operand | Value], leave: Sequence[Spec]
-    ) -> LocalProgram:
-        """A branch takes its operands as they come, moves them itself and makes free values itself: only the branch taken pays."""
+    def _branch(self, body: Program, sources: Sequence[Operand | Value], leave: Sequence[Spec]) -> LocalProgram:
+        """A branch takes operands as they come, moves them and makes free values itself: only the one taken pays."""
         builder = _Builder(self.plan, self.cost, self.rules)
         builder.wanted = {value: _planned(self.plan, value) for value in body.inputs}
         builder.free = dict(self.free)
         for value, source in zip(body.inputs, sources, strict=True):
             if isinstance(source, Value):
                 builder.slots[value] = builder._piece(source, builder.wanted[value])
-        arrive = [
-            None if isinstance(s, Value) else s.spec if isinstance(s, Slot) else Spec(()) for s in sources
-        ]
+        arrive = [None if isinstance(s, Value) else s.spec if isinstance(s, Slot) else Spec(()) for s in sources]
         return builder.build(body, arrive, leave)
 
-    def _entering(
-        self, atoms: Sequence[Atom], specs: Sequence[Spec], readers: Sequence[str]
-    ) -> tuple[Operand, ...]:
+    def _entering(self, atoms: Sequence[Atom], specs: Sequence[Spec], readers: Sequence[str]) -> tuple[Operand, ...]:
         found: list[Operand] = []
         for atom, spec, reader in zip(atoms, specs, readers, strict=True):
             source = atom if isinstance(atom, Constant) else self._source(atom, reader)

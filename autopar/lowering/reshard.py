@@ -19,9 +19,9 @@ def execute(steps: Iterable[Step], x: jax.Array, sizes: Sizes, repeat: int = 0) 
         steps: the moves of a resharding, in order.
         x: the local value: an array of any type, or typed PRNG keys (moved, never combined).
         sizes: devices per mesh axis.
-        repeat: how often the same was done to the same value before. It is done on that many dimensions of size
-            1 more: XLA merges collectives that are equal (on CPU even across barriers, which it drops before it
-            looks for equal instructions a second time), but not ones of different shapes.
+        repeat: how often the same was done to the same value before. It is done with that many dimensions of
+            size 1 in front: XLA merges collectives that are equal (on CPU even across barriers, which it drops
+            before it looks for equal instructions a second time), but not ones of different shapes.
     """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         # The words of a key are one more dimension, after those that the steps name.

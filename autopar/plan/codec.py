@@ -85,8 +85,7 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         mesh=Mesh.parse(data["mesh"]),
         hardware=data["hardware"],
         arguments=tuple(
-            Argument(a["name"], tuple(a["shape"]), a["dtype"], _decode_spec(a), a["state"])
-            for a in data["arguments"]
+            Argument(a["name"], tuple(a["shape"]), a["dtype"], _decode_spec(a), a["state"]) for a in data["arguments"]
         ),
         outputs=tuple(_decode_spec(spec) for spec in data["outputs"]),
         values={name: _decode_spec(spec) for name, spec in data["values"].items()},

@@ -194,9 +194,7 @@ class Plan:
         try:
             Path(path).write_text(self.to_json())
         except OSError as error:
-            raise PlanError(
-                f"plan {path} cannot be written: {error.strerror}", fix="check the path"
-            ) from error
+            raise PlanError(f"plan {path} cannot be written: {error.strerror}", fix="check the path") from error
 
     @staticmethod
     def load(path: str | Path) -> "Plan":

@@ -123,9 +123,7 @@ def argument_rows(plan: Plan) -> tuple[list[Row], list[Row]]:
     return _grouped(shown, plan.mesh.sizes), _grouped(alike, plan.mesh.sizes)
 
 
-def _parameter_of(
-    argument: Argument, known: Mapping[tuple[str, tuple[int, ...]], Argument]
-) -> Argument | None:
+def _parameter_of(argument: Argument, known: Mapping[tuple[str, tuple[int, ...]], Argument]) -> Argument | None:
     parts = argument.name.split("/")
     tails = ("/".join(parts[i:]) for i in range(2, len(parts)))
     return next((known[tail, argument.shape] for tail in tails if (tail, argument.shape) in known), None)

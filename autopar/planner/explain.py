@@ -50,15 +50,20 @@ def find_value(graph: Graph, name: str) -> Value:
     if name not in known:
         holding = [other for other in known if name in other]
         close = (holding or difflib.get_close_matches(name, known, cutoff=0.0))[:3]
-        raise PinError(
-            f"no value is called '{name}'", where=f"close to it: {', '.join(close)}", fix="name one of them"
-        )
+        raise PinError(f"no value is called '{name}'", where=f"close to it: {', '.join(close)}", fix="name one of them")
     if graph.unit(known[name]) is None:
         raise PinError(
             f"{name} has no layout: it depends on no argument, so every device makes the piece that it reads",
             fix="name a value that depends on an argument",
         )
     return known[name]
+
+
+def readers_of(graph: Graph, value: Value) -> tuple[str, ...]:
+    """Names of the equations that read a value, in program order."""
+    equations = graph.program.equations
+    uses = (use.position for group in graph.groups.get(value, ()) for use in group.uses)
+    return tuple(dict.fromkeys(equations[position].name for position in uses if position < len(equations)))
 
 
 def specs_of(prepared: Prepared, value: Value) -> tuple[Spec, ...]:
@@ -68,9 +73,7 @@ def specs_of(prepared: Prepared, value: Value) -> tuple[Spec, ...]:
     return tuple(dict.fromkeys(prepared.formulator.space.output(unit, value)))
 
 
-def alternatives(
-    prepared: Prepared, plan: Plan, name: str, masks: Masks, replan: Replan
-) -> Iterator[Alternative]:
+def alternatives(prepared: Prepared, plan: Plan, name: str, masks: Masks, replan: Replan) -> Iterator[Alternative]:
     """Solves again for each layout of a value, the plan's own first.
 
     Args:

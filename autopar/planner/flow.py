@@ -1,9 +1,9 @@
 """What the dimensions of a program mean: which are the batch, the sequence, the residual stream, the experts.
 
-Presets speak of these; a program has only equations. Two dimensions that carry one factor of an equation are one
-*dimension of the program* (union-find over the factors of all rules), as names are inferred in einsum notation. So the width
-of a residual network is one dimension through all its layers, and so is the batch, from the arguments to the
-dropout masks that are made without them.
+Presets speak of these; a program has only equations. Two dimensions that carry one factor of an equation are
+one *dimension of the program* (union-find over the factors of all rules), as names are inferred in einsum
+notation. So the width of a residual network is one dimension through all its layers, and so is the batch, from
+the arguments to the dropout masks that are made without them.
 """
 
 from collections import Counter

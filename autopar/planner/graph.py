@@ -256,7 +256,7 @@ class _Builder:
         return sum(all(atom is not value for atom in self.eqns[i].inputs) for i in span)
 
     def _groups(self, value: Value, uses: list[Use]) -> list[Group]:
-        """Cuts the uses where contractions stand between them (contractions tolerate a small gap) and at the edges of regions."""
+        """Cuts the uses at the edges of regions and where contractions stand between (which tolerate a small gap)."""
         born = self.producer.get(value, -1)
         groups: dict[bool, list[Group]] = {True: [], False: []}
         alone: list[Group] = []

@@ -14,7 +14,7 @@ from autopar.sharding.strategies import Split
 Masks = Mapping[Unit, np.ndarray]
 Preset = Callable[[Graph, Space], Masks]
 Row = dict[str, Split]
-"""What each axis does under one choice of a unit: splits "batch", "seq", "stream", "expert", "other"; a linear group; None."""
+"""What each axis does under a choice: split "batch", "seq", "stream", "expert" or "other"; a linear group; None."""
 
 PRODUCTS = (*HEAVY, "gather", "scatter-add")
 """Equations that meet a weight matrix: contractions, and lookups in a table and their gradients."""
@@ -32,9 +32,7 @@ class _Draft:
         self.products = [unit for unit in self.touching if self._is_product(unit)]
 
     def _is_product(self, unit: Unit) -> bool:
-        return (
-            unit.kind == "equation" and self.graph.program.equations[unit.position].primitive.name in PRODUCTS
-        )
+        return unit.kind == "equation" and self.graph.program.equations[unit.position].primitive.name in PRODUCTS
 
     def keep(self, units: Iterable[Unit], allowed: Callable[[Row], bool]) -> None:
         """Keeps the choices whose axes ``allowed`` accepts."""
@@ -167,14 +165,14 @@ def _tensor_parallel(graph: Graph, space: Space) -> tuple[_Draft, str]:
 
 
 def megatron(graph: Graph, space: Space) -> Masks:
-    """1-D tensor parallelism (Shoeybi et al. 2019): every weight matrix split over ``tensor``, the batch over the rest."""
+    """1-D tensor parallelism (Shoeybi et al. 2019): every matrix split over ``tensor``, the batch over the rest."""
     draft, tensor = _tensor_parallel(graph, space)
     draft.refuse(draft.touching, (tensor,), ("seq",))
     return draft.masks
 
 
 def megatron_sp(graph: Graph, space: Space) -> Masks:
-    """Megatron with sequence parallelism (Korthikanti et al. 2022): between the matrices ``tensor`` splits the sequence."""
+    """Megatron, with the sequence split between the matrices (Korthikanti et al. 2022)."""
     draft, tensor = _tensor_parallel(graph, space)
     others = [u for u in draft.touching if u.kind in ("equation", "cluster") and u not in set(draft.products)]
     stream = {unit for unit in others if draft.labelled(unit, "stream")}
@@ -192,9 +190,7 @@ def tp2d(graph: Graph, space: Space) -> Masks:
         PresetError: the mesh has fewer than two axes.
     """
     if len(space.mesh.names) < 2:
-        raise PresetError(
-            "preset tp2d needs a mesh of two axes", where=f"mesh {space.mesh}", fix="use data=2,tensor=4"
-        )
+        raise PresetError("preset tp2d needs a mesh of two axes", where=f"mesh {space.mesh}", fix="use data=2,tensor=4")
     tensor = _model_axis(space, "tensor")
     rows = tuple(axis for axis in space.mesh.names if axis != tensor)
     draft = _Draft(graph, space)
@@ -212,9 +208,7 @@ def gshard(graph: Graph, space: Space) -> Masks:
     """
     draft = _Draft(graph, space)
     if not draft.flow.experts:
-        raise PresetError(
-            "preset gshard needs expert weights, the step has none", fix="use it on a mixture of experts"
-        )
+        raise PresetError("preset gshard needs expert weights, the step has none", fix="use it on a mixture of experts")
     expert = _model_axis(space, "expert")
     rest = tuple(axis for axis in space.mesh.names if axis != expert)
     experts = {graph.inputs[value] for value in draft.flow.experts}
@@ -239,9 +233,7 @@ def _neighbours(draft: _Draft, units: list[Unit]) -> set[Unit]:
 
     def values(unit: Unit) -> set[Value]:
         own = {unit.value} if unit.value is not None else set()
-        return own | {
-            value for i in unit.equations for value in (*equations[i].operands, *equations[i].outputs)
-        }
+        return own | {value for i in unit.equations for value in (*equations[i].operands, *equations[i].outputs)}
 
     near = set().union(*map(values, units))
     return {*units, *(unit for unit in draft.touching if unit not in products and values(unit) & near)}

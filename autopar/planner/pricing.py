@@ -82,9 +82,7 @@ class Pricing:
         graph, equations = self.graph, self.graph.program.equations
         members = [equations[i] for i in unit.equations]
         made = {value for eqn in members for value in eqn.outputs}
-        read = {
-            atom for eqn in members for atom in eqn.operands if atom.shape == unit.shape and atom not in made
-        }
+        read = {atom for eqn in members for atom in eqn.operands if atom.shape == unit.shape and atom not in made}
         touched = [value for value in made | read if value in self.materialised or value not in graph.groups]
         nbytes = sum(value.nbytes for value in touched)
         key = ("cluster", unit.shape, nbytes)
@@ -154,9 +152,7 @@ def flops_of(eqn: Equation) -> float:
     return equation_flops(eqn.primitive.name, eqn.params, shapes, [value.shape for value in eqn.outputs])
 
 
-def residences(
-    graph: Graph, space: Space, materialised: frozenset[Value], rounds_products: bool
-) -> list[Residence]:
+def residences(graph: Graph, space: Space, materialised: frozenset[Value], rounds_products: bool) -> list[Residence]:
     """Where every value that needs memory lives, and for how long; state lives throughout.
 
     Args:
@@ -190,12 +186,24 @@ def residences(
         if value in until and value not in state_outputs:
             born, last = (0, end) if value in given else (graph.producer[value], until[value])
             found.append(Residence(unit, space.output(unit, value), born, last + 1, nbytes(value), value))
-        for group in groups:
-            if group.anchor is not None and group.anchor.kind == "view":
-                start, stop = group.uses[0].position, group.uses[-1].position + 1
-                port = space.specs(value.shape)
-                found.append(Residence(group.anchor, port, start, stop, value.nbytes, value, copy=True))
-    return found
+    return [*found, *_views(graph, space, materialised)]
+
+
+def _views(graph: Graph, space: Space, materialised: frozenset[Value]) -> list[Residence]:
+    return [
+        Residence(
+            unit=group.anchor,
+            port=space.specs(value.shape),
+            start=group.uses[0].position,
+            stop=group.uses[-1].position + 1,
+            nbytes=value.nbytes,
+            value=value,
+            copy=True,
+        )
+        for value, groups in graph.groups.items()
+        for group in groups
+        if value in materialised and group.anchor is not None and group.anchor.kind == "view"
+    ]
 
 
 def _needed(group: Group) -> int:
@@ -211,7 +219,5 @@ def copies(graph: Graph, space: Space) -> list[Residence]:
             reader = graph.reader(use)
             if reader is not None and reader.kind == "equation" and reader is not graph.unit(value):
                 port = space.input(reader, use)
-                found.append(
-                    Residence(reader, port, use.position, use.position + 1, value.nbytes, value, copy=True)
-                )
+                found.append(Residence(reader, port, use.position, use.position + 1, value.nbytes, value, copy=True))
     return found

@@ -108,7 +108,7 @@ def test_megatron_sp_gathers_before_the_matrices_and_scatters_after_them() -> No
     assert {axes for _, axes, _ in found} == {("tensor",)}
     assert kinds(found) == {"all_gather", "reduce_scatter"}
     assert found["reduce_scatter", ("tensor",), ACTIVATION_BYTES] == 4 * LAYERS + 2
-    # One more for each matrix that reads the stream: its weight gradient gathers it again (Korthikanti, section 4.2.2).
+    # A weight gradient gathers once more what the matrix read (Korthikanti, section 4.2.2).
     assert 4 * LAYERS + 2 <= found["all_gather", ("tensor",), ACTIVATION_BYTES] <= 6 * LAYERS + 2
 
 

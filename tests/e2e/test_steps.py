@@ -1,4 +1,4 @@
-"""Every model x mesh x preset on 8 CPU devices: the losses of one device, and the collectives that the plan predicts."""
+"""Every model x mesh x preset on 8 CPU devices: the losses of one device, the collectives of the plan."""
 
 import pytest
 
@@ -9,15 +9,12 @@ DEFAULT = {
     Case("mlp", "a=2,b=2,c=2"),
     Case("gpt", "data=2,tensor=4"),
     Case("gpt", "data=8", "zero3"),
-    Case("gpt_nnx", "data=2,tensor=4", "megatron_sp"),
     Case("moe", "data=2,tensor=4", "gshard"),
     Case("wide_resnet", "data=8", "dp"),
 }
 """What the default run takes; the rest is slow."""
 
-TABLE = [
-    pytest.param(case, id=str(case), marks=() if case in DEFAULT else pytest.mark.slow) for case in cases()
-]
+TABLE = [pytest.param(case, id=str(case), marks=() if case in DEFAULT else pytest.mark.slow) for case in cases()]
 
 
 @pytest.mark.parametrize("case", TABLE)
@@ -25,5 +22,6 @@ def test_a_planned_step_equals_one_device_and_sends_what_its_plan_predicts(case:
     built = Built(case)
     assert built.losses(STEPS) == pytest.approx(reference_losses(case.model, STEPS), rel=1e-5)
     assert not [difference for difference in built.differences() if not difference.explanation]
-    _, of_products = built.flops_ratios()
-    assert of_products == pytest.approx(1, abs=0.03)
+    everything, products = built.flops_ratios()
+    # XLA on CPU counts random bits too low, and the count of products takes no notice of a convolution's padding.
+    assert (everything if case.model == "wide_resnet" else products) == pytest.approx(1, abs=0.03)

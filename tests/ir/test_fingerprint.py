@@ -28,7 +28,9 @@ def key(width: int = 4, dtype: Any = jnp.float32, **options: Any) -> str:
 def test_it_is_the_same_at_every_trace_and_in_every_process():
     here = key()
     assert here == key()
-    source = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_fingerprint as t; print(t.key())"
+    source = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_fingerprint as t; print(t.key())"
+    )
     root = Path(__file__).parents[2]
     other = subprocess.run([sys.executable, "-c", source], cwd=root, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == here

@@ -189,7 +189,9 @@ CLOSED_OVER = {
     "scan": lambda x: lax.scan(lambda c, _: (c @ TABLE @ TABLE.T, None), x, None, length=2)[0],
     "cond": lambda x: lax.cond(x[0] > 0, lambda x: x @ TABLE, lambda x: 2 * (x @ TABLE), x),
     "while": lambda x: lax.while_loop(lambda c: c[0] < 5, lambda c: c @ TABLE @ TABLE.T, x),
-    "jit in scan": lambda x: lax.scan(lambda c, _: (jax.jit(lambda c: c @ TABLE @ TABLE.T)(c), None), x, None, length=2)[0],
+    "jit in scan": lambda x: lax.scan(
+        lambda c, _: (jax.jit(lambda c: c @ TABLE @ TABLE.T)(c), None), x, None, length=2
+    )[0],
     "jit in a branch": lambda x: lax.cond(x[0] > 0, jax.jit(lambda x: x @ TABLE), lambda x: x[:7], x),
     "jit in cond in scan": lambda x: lax.scan(
         lambda c, i: (lax.cond(i > 0, jax.jit(lambda c: c @ TABLE @ TABLE.T), lambda c: c, c), None), x, jnp.arange(2)
@@ -243,7 +245,9 @@ LEAVES = {
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_every_kind_of_leaf_passes_through(name):
-    found = traced(lambda state, x: ({"leaf": state["leaf"], "x": state["x"] + x}, x), {"leaf": LEAVES[name], "x": f32(2)}, f32(2))
+    found = traced(
+        lambda state, x: ({"leaf": state["leaf"], "x": state["x"] + x}, x), {"leaf": LEAVES[name], "x": f32(2)}, f32(2)
+    )
     assert found.state == tuple((i, i) for i in range(len(found.program.outputs) - 1))
 
 
@@ -294,7 +298,12 @@ def test_an_average_of_the_parameters_is_state_of_its_own():
         new = jax.tree.map(lambda p: p - jnp.sum(x), state["params"])
         return {"params": new, "ema": jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state["ema"], new)}
 
-    assert state_of(step, {"params": PARAMS, "ema": PARAMS}, f32(8)) == {"ema/b": 0, "ema/w": 1, "params/b": 2, "params/w": 3}
+    assert state_of(step, {"params": PARAMS, "ema": PARAMS}, f32(8)) == {
+        "ema/b": 0,
+        "ema/w": 1,
+        "params/b": 2,
+        "params/w": 3,
+    }
 
 
 def test_what_returns_in_another_shape_is_no_state():

@@ -26,9 +26,7 @@ def spec(*dims: str, partial: tuple[str, ...] = ()) -> Spec:
 
 
 def arguments() -> tuple[Argument, ...]:
-    layers = [
-        Argument(f"params/h_{i}/kernel", (512, 1024), "float32", spec("", "tensor"), True) for i in range(3)
-    ]
+    layers = [Argument(f"params/h_{i}/kernel", (512, 1024), "float32", spec("", "tensor"), True) for i in range(3)]
     moments = [replace(layer, name=layer.name.replace("params", "opt_state/0/mu")) for layer in layers]
     apart = replace(moments[2], spec=spec("data", "tensor"))
     batch = Argument("tokens", (16, 128), "int32", spec("data", ""), False)
@@ -56,9 +54,7 @@ PLAN = Plan(
             Collective("all_gather", ("data",), 1e6, 1),
         ),
     ),
-    solution=Solution(
-        3e-3, 2.97e-3, False, n_equations=9, replicated_primitives=(("fft", "model.py:3 (f)"),)
-    ),
+    solution=Solution(3e-3, 2.97e-3, False, n_equations=9, replicated_primitives=(("fft", "model.py:3 (f)"),)),
     preset="megatron",
     pins=(("params/<w>", ",tensor"),),
     provenance={"target": "models/gpt.py"},

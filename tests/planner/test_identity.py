@@ -35,5 +35,3 @@ def test_any_plan_computes_what_one_device_computes(name):
     expected = jax.jit(step)(*args)
     actual = autopar.compile(step, plan)(*args)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
-
-

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from arbitrary import v5e
 from jax.extend.core import Primitive
@@ -60,12 +59,12 @@ def test_a_contraction_cuts_a_run_of_elementwise_equations():
 def test_a_value_kept_across_a_contraction_may_be_laid_out_anew():
     def step(x: jax.Array, w: jax.Array) -> jax.Array:
         h = jnp.sin(x)
-        return jnp.tanh(h @ w) + h
+        return jnp.tanh(h @ w @ w) + h
 
     graph = graph_of(step, f32(8, 8), f32(8, 8))
     (h,) = (value for value in graph.groups if value.name == "sin")
     assert len(graph.groups[h]) == 2
-    assert kinds(graph) == ["sin", "dot_general", "tanh+add", "output"]
+    assert kinds(graph) == ["sin", "dot_general", "dot_general", "tanh+add", "view", "output"]
 
 
 def test_several_contractions_read_one_view():
@@ -242,15 +241,15 @@ def test_a_preset_shards_the_state_as_its_paper_says(preset):
 
 
 def test_planning_uses_the_cost_model_that_it_is_given():
-    """Where a collective costs little per call the weight is gathered, where it costs much everything is replicated."""
     step = lambda p, x: {"w": p["w"] - x.T @ x}  # noqa: E731
-    found = {}
+    objectives = []
     for alpha in (0.0, 1e6):
         cost = Priced(Mesh.parse("a=2"), (alpha,), (1.0,))
-        plan = autopar.plan(step, {"w": f32(32, 32)}, f32(64, 32), cost=cost)
+        plan = autopar.plan(step, {"w": f32(32, 32)}, f32(64, 32), cost=cost, pins=(("arg1", "a,"),))
         assert plan.prediction.step_s == pytest.approx(plan.solution.objective_s)
-        found[alpha] = sum(c.count for c in plan.prediction.collectives)
-    assert found[1e6] == 0
+        assert plan.prediction.collectives
+        objectives.append(plan.solution.objective_s)
+    assert objectives[1] - objectives[0] >= 1e6
 
 
 @dataclass(frozen=True)
