@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -19,6 +19,7 @@ from autopar.ir.arguments import Adapted, adapt
 from autopar.ir.fingerprint import fingerprint
 from autopar.ir.trace import Traced, trace
 from autopar.lowering import predict
+from autopar.lowering.jit import lower_jit
 from autopar.lowering.local_program import LocalProgram, build_local_program
 from autopar.lowering.spmd import device_mesh, lower, shardings
 from autopar.plan import Plan, Prediction
@@ -262,6 +263,7 @@ class Settings:
         static_argnums: arguments that are hashable Python values.
         devices: the devices of the mesh, in row-major order; None means the first that JAX sees.
         cache_dir: where plans are kept between runs; None keeps none.
+        lower: "spmd", every collective explicit; or "jit", the plan's specs as constraints that XLA partitions.
     """
 
     plan: Plan | None = None
@@ -269,6 +271,7 @@ class Settings:
     static_argnums: tuple[int, ...] = ()
     devices: Sequence[Any] | None = None
     cache_dir: Path | None = None
+    lower: Literal["spmd", "jit"] = "spmd"
 
 
 class _Compiled:
@@ -276,7 +279,7 @@ class _Compiled:
 
     def __init__(self, adapted: Adapted, options: Options, settings: Settings) -> None:
         traced, trace_s = traced_in_time(adapted)
-        self.traced, self.devices = traced, settings.devices
+        self.traced, self.devices, self.target = traced, settings.devices, settings.lower
         found = self._find_plan(traced, trace_s, options, settings)
         place = functools.partial(argument_shardings, traced.in_tree, devices=settings.devices)
         self.plan = replace(found, place=place)
@@ -298,6 +301,8 @@ class _Compiled:
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
         """The jitted program on flat inputs."""
+        if self.target == "jit":
+            return lower_jit(self.traced.program, self.plan, self.mesh, self.donated)
         return lower(self.local, self.mesh, self.donated)
 
     @functools.cached_property
@@ -380,7 +385,7 @@ def compile(step: Callable[..., Any], plan: Plan, **settings: Any) -> ParallelSt
     return ParallelStep(step, Options(mesh=plan.mesh), Settings(plan=plan, **settings))
 
 
-_SETTINGS = ("plan", "donate", "static_argnums", "devices", "cache_dir")
+_SETTINGS = ("plan", "donate", "static_argnums", "devices", "cache_dir", "lower")
 
 
 def parallelize(step: Callable[..., Any] | None = None, **options: Any) -> Any:
