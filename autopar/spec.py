@@ -64,8 +64,7 @@ class Spec:
     def fits(self, shape: tuple[int, ...], sizes: Sizes) -> bool:
         """Whether every dimension of ``shape`` is divisible by the axes that split it."""
         return all(
-            size % math.prod(sizes[axis] for axis in dim) == 0
-            for size, dim in zip(shape, self.dims, strict=True)
+            size % math.prod(sizes[axis] for axis in dim) == 0 for size, dim in zip(shape, self.dims, strict=True)
         )
 
     def __str__(self) -> str:

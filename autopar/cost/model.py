@@ -218,7 +218,7 @@ def device_of(cost: CostModel) -> Device | None:
 
 
 def rounds_products(cost: CostModel) -> bool:
-    """Whether the devices of a cost model take float32 operands of matrix products as bfloat16; False if it has none."""
+    """Whether the devices of a cost model take float32 operands of products as bfloat16; False if it has none."""
     device = device_of(cost)
     return device is not None and device.rounds_products
 

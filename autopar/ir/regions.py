@@ -47,9 +47,7 @@ class _Flat:
     times: list[int] = field(default_factory=list)
     ties: list[tuple[int, int]] = field(default_factory=list)
 
-    def add(
-        self, primitive: Primitive, inputs: tuple[Atom, ...], output: Value, owner: Equation, times: int
-    ) -> int:
+    def add(self, primitive: Primitive, inputs: tuple[Atom, ...], output: Value, owner: Equation, times: int) -> int:
         eqn = Equation(
             primitive, inputs, (output,), {}, f"{output.name}@{primitive.name}", owner.source, owner.backward
         )

@@ -170,9 +170,7 @@ def compare(predicted: Iterable[Predicted], audited: Audit, mesh: Mesh) -> tuple
         for key in sorted(expected.keys() | built.keys())
         if expected[key] != built[key]
     ]
-    return tuple(
-        replace(found, explanation=_explanation(found, differences, audited)) for found in differences
-    )
+    return tuple(replace(found, explanation=_explanation(found, differences, audited)) for found in differences)
 
 
 _Key = tuple[str, tuple[str, ...]]
@@ -193,9 +191,7 @@ def _by_kind_and_axes(
 def _explanation(found: Difference, differences: list[Difference], audited: Audit) -> str:
     alike = {d.kind: d for d in differences if d.axes == found.axes}
     surplus = {kind: d.compiled_bytes - d.predicted_bytes for kind, d in alike.items()}
-    reduced, scattered, gathered = (
-        surplus.get(kind, 0.0) for kind in ("all_reduce", "reduce_scatter", "all_gather")
-    )
+    reduced, scattered, gathered = (surplus.get(kind, 0.0) for kind in ("all_reduce", "reduce_scatter", "all_gather"))
     if found.kind in ("all_reduce", "reduce_scatter") and scattered > 0 and reduced == -scattered:
         return SLICED
     if audited.platform == "tpu":
@@ -220,9 +216,7 @@ _REDUCED_KINDS = ("all_reduce", "reduce_scatter", "all_gather")
 def _narrow_bytes(audited: Audit, kind: str, axes: tuple[str, ...]) -> float:
     """Bytes that are sent as 16-bit floats."""
     narrow = ("bfloat16", "float16")
-    return sum(
-        c.nbytes for c in audited.collectives if (c.kind, c.axes) == (kind, axes) and c.dtype in narrow
-    )
+    return sum(c.nbytes for c in audited.collectives if (c.kind, c.axes) == (kind, axes) and c.dtype in narrow)
 
 
 def _most_halo_bytes(audited: Audit, found: Difference) -> float:

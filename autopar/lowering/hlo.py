@@ -124,9 +124,7 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction:
     open_at = text.index("(", shape_end)
     close_at = _closing(text, open_at)
     opcode = text[shape_end:open_at].strip()
-    return Instruction(
-        name, text[:shape_end], opcode, text[open_at + 1 : close_at - 1], text[close_at:], is_root
-    )
+    return Instruction(name, text[:shape_end], opcode, text[open_at + 1 : close_at - 1], text[close_at:], is_root)
 
 
 def _closing(text: str, start: int) -> int:
@@ -303,8 +301,7 @@ def groups_of(text: str) -> Groups:
     """
     if text.startswith("{"):
         return tuple(
-            tuple(int(member) for member in group.split(","))
-            for group in re.findall(r"\{([\d,]+)\}", text[1:-1])
+            tuple(int(member) for member in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", text[1:-1])
         )
     found = re.fullmatch(r"\[([\d,]*)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?", text)
     if not found:

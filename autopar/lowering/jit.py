@@ -1,7 +1,7 @@
 """The second lowering target: one global program with sharding constraints, partitioned by XLA.
 
-For regions that a user wants XLA to partition, and as a comparison: the plan's specs are hints here, and XLA decides the
-collectives. The explicit lowering (``autopar.lowering.spmd``) is the product.
+For regions that a user wants XLA to partition, and as a comparison: the plan's specs are hints here, and XLA decides
+the collectives. The explicit lowering (``autopar.lowering.spmd``) is the product.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from autopar.compat import key_impl
 from autopar.ir.program import Atom, Constant, Equation, Program
 from autopar.lowering.local import without_shardings
 from autopar.lowering.spmd import partition_spec, shardings
@@ -55,6 +56,6 @@ def _results(eqn: Equation, operands: list[Any]) -> list[Any]:
 
 def _constrained(result: Any, plan: Plan, name: str, mesh: jax.sharding.Mesh) -> Any:
     spec = plan.values.get(name)
-    if spec is None or spec.partial or not spec.dims or jax.dtypes.issubdtype(result.dtype, jax.dtypes.extended):
+    if spec is None or spec.partial or not spec.dims or key_impl(result.dtype) is not None:
         return result
     return lax.with_sharding_constraint(result, jax.sharding.NamedSharding(mesh, partition_spec(spec)))

@@ -74,9 +74,7 @@ class LocalShard:
 
     def _start(self, factors: tuple[str, ...]) -> Any:
         start, stride = jax.numpy.int32(0), 1
-        for factor in reversed(
-            factors
-        ):  # minor first: the stride of a factor is the product of those below it
+        for factor in reversed(factors):  # minor first: the stride of a factor is the product of those below it
             if self.count(factor) > 1:
                 start += self.index(factor) * (stride * self.rule.sizes[factor] // self.count(factor))
             stride *= self.rule.sizes[factor]

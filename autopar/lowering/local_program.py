@@ -249,6 +249,7 @@ class _Builder:
         found: list[Operand] = []
         for source, (atom, spec) in zip(sources, wanted, strict=True):
             if source is None:
+                assert isinstance(atom, Value)
                 found.append(self._piece(atom, spec))
             elif isinstance(source, Constant) or source.spec == spec:
                 found.append(source)

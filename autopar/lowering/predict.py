@@ -55,17 +55,13 @@ def flops(local: LocalProgram, primitives: Collection[str] | None = None) -> flo
     sizes = local.mesh.sizes
     total = 0.0
     for instruction, times in walk(local):
-        if isinstance(instruction, Run) and (
-            primitives is None or instruction.equation.primitive.name in primitives
-        ):
+        if isinstance(instruction, Run) and (primitives is None or instruction.equation.primitive.name in primitives):
             strategy = instruction.strategy
             operands = [
                 spec.complete.local_shape(atom.aval.shape, sizes)
                 for atom, spec in zip(instruction.equation.inputs, strategy.inputs, strict=True)
             ]
-            results = [
-                slot.spec.complete.local_shape(slot.value.shape, sizes) for slot in instruction.outputs
-            ]
+            results = [slot.spec.complete.local_shape(slot.value.shape, sizes) for slot in instruction.outputs]
             name, params = instruction.equation.primitive.name, instruction.equation.params
             total += equation_flops(name, params, operands, results) * times
     return total
@@ -107,8 +103,8 @@ def live_buffers(local: LocalProgram, *, rounds_products: bool = False) -> list[
             inside = _temporary(body, rounds_products)
             found.append(Live(f"inside {_name(instruction)}", inside, position, position + 1))
     done = {*local.inputs, *(slot for slot in local.outputs if isinstance(slot, Slot))}
-    for slot in needed - done:
-        found.append(Live(slot.value.name, nbytes(slot), born[slot], last[slot] + 1))
+    temporary = [slot for slot in born if slot in needed and slot not in done]
+    found += [Live(slot.value.name, nbytes(slot), born[slot], last[slot] + 1) for slot in temporary]
     return found
 
 

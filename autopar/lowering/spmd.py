@@ -16,6 +16,7 @@ from autopar.ir.regions import ScanParts
 from autopar.lowering.local import run_local
 from autopar.lowering.local_program import Barrier, Branch, LocalProgram, Loop, Move, Run, Slot
 from autopar.lowering.reshard import execute
+from autopar.plan import Plan
 from autopar.spec import Spec
 
 
@@ -43,6 +44,12 @@ def partition_spec(spec: Spec) -> PartitionSpec:
 def shardings(specs: Sequence[Spec], mesh: jax.sharding.Mesh) -> tuple[NamedSharding, ...]:
     """NamedShardings of complete specs."""
     return tuple(NamedSharding(mesh, partition_spec(spec)) for spec in specs)
+
+
+def argument_shardings(tree: Any, plan: Plan, devices: Sequence[Any] | None = None) -> Any:
+    """The plan's specs of the step's arguments as NamedShardings, in the structure ``tree``."""
+    specs = [argument.spec for argument in plan.arguments[: tree.num_leaves]]
+    return jax.tree.unflatten(tree, shardings(specs, device_mesh(plan.mesh, devices)))
 
 
 def run_instructions(local: LocalProgram, arguments: Sequence[Any]) -> list[Any]:
@@ -85,9 +92,7 @@ def _results(instruction: Run | Loop | Branch, operands: list[Any], mesh: Mesh) 
         if isinstance(instruction, Branch):
             bodies = [functools.partial(_flat_body, body) for body in instruction.bodies]
             return lax.switch(operands[0], bodies, *operands[1:])
-        return run_local(
-            eqn.primitive, eqn.params, instruction.rule, instruction.strategy, mesh.sizes, operands
-        )
+        return run_local(eqn.primitive, eqn.params, instruction.rule, instruction.strategy, mesh.sizes, operands)
 
 
 def _flat_body(body: LocalProgram, *operands: Any) -> list[Any]:

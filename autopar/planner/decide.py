@@ -8,7 +8,6 @@ from autopar.planner.graph import Graph, Group, Unit
 from autopar.planner.intra import Formulation
 from autopar.planner.space import Space
 from autopar.sharding.factors import letters
-from autopar.sharding.strategies import Split
 from autopar.spec import Spec
 
 
@@ -36,7 +35,7 @@ class Decisions:
         specs = ((value, self.spec(value)) for value in (*self.graph.program.inputs, *made))
         return {value.name: spec for value, spec in specs if spec is not None}
 
-    def equations(self) -> dict[str, tuple[tuple[str, Split], ...]]:
+    def equations(self) -> dict[str, tuple[tuple[str, str | int], ...]]:
         """What each axis splits, by equation; axes that do nothing are left out."""
         found = {}
         for position, eqn in enumerate(self.graph.program.equations):
@@ -45,7 +44,7 @@ class Decisions:
                 found[eqn.name] = self._splits(unit, self.space)
         return found
 
-    def _splits(self, unit: Unit, space: Space) -> tuple[tuple[str, Split], ...]:
+    def _splits(self, unit: Unit, space: Space) -> tuple[tuple[str, str | int], ...]:
         if unit.kind == "equation":
             chosen = space.strategies(self.graph.rules[unit.position])[self.label[unit]]
             return tuple((axis, split) for axis, split in chosen.splits if split is not None)

@@ -5,8 +5,8 @@ spec: nothing is gained by moving a value inside such a run. A value that stays 
 residual stream, an activation kept for the backward pass) may be laid out anew at each later group of uses.
 
 *Groups.* The uses of a value are grouped by where in the program they stand. The uses of a group share one
-layout, the group's *anchor*: the producer itself, a cluster, or a *view* of its own (the copy that the query, key and value
-projections all read is gathered once).
+layout, the group's *anchor*: the producer itself, a cluster, or a *view* of its own (the copy that the query, key and
+value projections all read is gathered once).
 
 *Free equations* depend on no argument (masks of iotas, broadcasts of constants): every consumer makes the
 piece that it needs.
@@ -24,7 +24,7 @@ from autopar.sharding.lookup import RuleBook
 
 HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "while"})
 SIBLING_GAP = 4
-"""Contractions that may stand between two uses that share a view (a backward pass alternates weight and input gradients)."""
+"""Contractions that may stand between two uses that share a view (a backward pass alternates two gradients)."""
 
 
 @dataclass(eq=False)
@@ -149,9 +149,7 @@ class _Builder:
         self.parent = list(range(len(self.eqns)))
 
     def build(self, state: tuple[tuple[int, int], ...]) -> Graph:
-        groups = {
-            value: self._groups(value, uses) for value, uses in self.uses.items() if not self._is_free(value)
-        }
+        groups = {value: self._groups(value, uses) for value, uses in self.uses.items() if not self._is_free(value)}
         for value, value_groups in groups.items():
             for group in value_groups:
                 self._merge(value, group)
@@ -233,16 +231,14 @@ class _Builder:
             rule = self.rules[position]
             size = math.prod(eqn.outputs[0].shape) if eqn.outputs else 1  # a transpose carries too
             full = {
-                k
+                k: atom
                 for k, atom in enumerate(eqn.inputs)
                 if isinstance(atom, Value) and math.prod(atom.shape) == size
             }
-            carries = any(full == set(group) for group in rule.linear if group)
+            carries = any(set(full) == set(group) for group in rule.linear if group)
             carries = carries and all(
-                len(self.uses[eqn.inputs[k]]) == 1
-                and eqn.inputs[k] in self.producer
-                and capable[self.producer[eqn.inputs[k]]]
-                for k in full
+                len(self.uses[value]) == 1 and value in self.producer and capable[self.producer[value]]
+                for value in full.values()
             )
             carrier.append(carries)
             capable.append(carries or (rule.monoid == "sum" and bool(rule.reduce)))
@@ -333,9 +329,7 @@ class _Builder:
             unit_of.append(unit)
         return unit_of, units
 
-    def _anchor(
-        self, value: Value, group: Group, unit_of: list[Unit | None], made_by: Unit | None
-    ) -> Unit | None:
+    def _anchor(self, value: Value, group: Group, unit_of: list[Unit | None], made_by: Unit | None) -> Unit | None:
         readers = {id(unit): unit for use in group.uses if (unit := unit_of[use.position]) is not None}
         members = self._members(value, group)
         cluster = unit_of[members[0]] if members else None
@@ -368,7 +362,7 @@ def _rules(program: Program) -> tuple[tuple[ShardingRule, ...], tuple[Equation, 
 def _useful_linear_groups(
     program: Program, rules: tuple[ShardingRule, ...], producer: dict[Value, int]
 ) -> tuple[ShardingRule, ...]:
-    """Empties the linear groups that no partial sum can reach: only reductions make one, only linear equations pass it on."""
+    """Empties the linear groups that no partial sum reaches: reductions make one, linear equations pass it on."""
     capable: set[Value] = set()
     memo: dict[tuple[int, tuple[bool, ...]], ShardingRule] = {}
     found = []

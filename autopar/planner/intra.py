@@ -108,9 +108,7 @@ class Formulator:
 
     def tie(self, a: Unit, b: Unit) -> np.ndarray:
         """Zero where two units choose the same layout, infinite elsewhere."""
-        ports = [
-            self.space.output(unit, self.graph.program.equations[unit.position].outputs[0]) for unit in (a, b)
-        ]
+        ports = [self.space.output(unit, self.graph.program.equations[unit.position].outputs[0]) for unit in (a, b)]
         key = ("tie", *map(id, ports))
         if key not in self._matrices:
             same = np.array([[one == other for other in ports[1]] for one in ports[0]])

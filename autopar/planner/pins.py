@@ -50,10 +50,8 @@ def parse_pin(text: str) -> tuple[str, str]:
 
 
 def parse_spec(text: str, mesh: Mesh) -> Spec:
-    """Reads a spec: axes of each dimension between commas, joined by ``+``: ``data+tensor,,`` is [data·tensor, -, -]."""
-    dims = [
-        tuple(axis for axis in part.strip().split("+") if axis and axis != "-") for part in text.split(",")
-    ]
+    """Reads a spec: the axes of each dimension between commas, joined by ``+``: ``data+tensor,,`` for three."""
+    dims = [tuple(axis for axis in part.strip().split("+") if axis and axis != "-") for part in text.split(",")]
     used = [axis for dim in dims for axis in dim]
     unknown = [axis for axis in used if axis not in mesh.names]
     if unknown or len(set(used)) < len(used):
@@ -70,9 +68,7 @@ def _pin(masks: Masks, graph: Graph, space: Space, pattern: str, text: str) -> N
         ranks = sorted({len(value.shape) for value in matches})
         raise PinError(
             f"pin '{pattern}={text}' matches no value of {len(spec.dims)} dimensions",
-            where=f"{len(matches)} values match by name, with {ranks} dimensions"
-            if matches
-            else "no name matches",
+            where=f"{len(matches)} values match by name, with {ranks} dimensions" if matches else "no name matches",
             fix="autopar explain lists the names",
         )
     for value in fitting:

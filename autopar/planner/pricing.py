@@ -179,7 +179,7 @@ def residences(graph: Graph, space: Space, materialised: frozenset[Value], round
             until[root] = max(until.get(root, 0), last)
     state_outputs = {graph.program.outputs[o] for _, o in graph.state}
     found = []
-    for value, groups in graph.groups.items():
+    for value in graph.groups:
         unit = graph.unit(value)
         if unit is None or value not in materialised:
             continue

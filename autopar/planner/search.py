@@ -83,9 +83,7 @@ def prepare(traced: Traced, cost: CostModel, *, strict: bool = False) -> Prepare
     return Prepared(traced, graph, Formulator(graph, cost), key, time.process_time() - start)
 
 
-def search(
-    prepared: Prepared, limits: Limits, masks: Masks | None = None
-) -> tuple[Plan, Formulation, Choice]:
+def search(prepared: Prepared, limits: Limits, masks: Masks | None = None) -> tuple[Plan, Formulation, Choice]:
     """The cheapest plan under limits and masks; its prediction is still to be filled in.
 
     Raises:
@@ -128,14 +126,12 @@ def _explained(error: NoChoiceError, formulation: Formulation, limits: Limits) -
     if not np.isfinite(error.least_bytes) or limits.memory_bytes is None:
         return PinError("the pins exclude every plan", fix="loosen the pins or the preset")
     names = dict.fromkeys(
-        r.value.name
-        for node in error.nodes
-        for r in formulation.residences
-        if formulation.index[r.unit] == node
+        r.value.name for node in error.nodes for r in formulation.residences if formulation.index[r.unit] == node
     )
     largest = ", ".join(list(names)[:5])
     return InfeasibleError(
-        f"no plan fits {limits.memory_bytes / 1e9:.4g} GB a device: any plan needs at least {error.least_bytes / 1e9:.4g} GB",
+        f"no plan fits {limits.memory_bytes / 1e9:.4g} GB a device: "
+        f"any plan needs at least {error.least_bytes / 1e9:.4g} GB",
         where=f"at the peak: {largest}",
         fix="raise --memory-gb, use more devices, or make the batch smaller",
     )

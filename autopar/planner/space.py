@@ -97,17 +97,15 @@ class Space:
 def _without_scalar_choices(rule: ShardingRule, found: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
     """A sum of scalars stays partial over every axis until something needs it whole.
 
-    Turning a complete scalar into a partial one is free, and one all-reduce at the end serves all terms: no other choice is
-    cheaper, and without the choice a global norm does not tie every gradient of the step to every other.
+    Turning a complete scalar into a partial one is free, and one all-reduce at the end serves all terms: no other choice
+    is cheaper, and without the choice a global norm does not tie every gradient of the step to every other.
     """
     if any(rule.results) or not any(rule.linear):
         return found
     group = next(i for i, operands in enumerate(rule.linear) if operands)
     used = {axis for s in found for axis, split in s.splits if split is not None}  # not those of size 1
     return tuple(
-        s
-        for s in found
-        if all(split == group or split in rule.reduce for axis, split in s.splits if axis in used)
+        s for s in found if all(split == group or split in rule.reduce for axis, split in s.splits if axis in used)
     )
 
 
@@ -119,8 +117,7 @@ def complete_specs(shape: tuple[int, ...], mesh: Mesh) -> list[Spec]:
     """
     sizes = mesh.sizes
     options = [
-        [-1, *(d for d, n in enumerate(shape) if n > 1 and n % size == 0)] if size > 1 else [-1]
-        for size in mesh.shape
+        [-1, *(d for d, n in enumerate(shape) if n > 1 and n % size == 0)] if size > 1 else [-1] for size in mesh.shape
     ]
     found = []
     for choice in itertools.product(*options):

@@ -1,4 +1,4 @@
-"""From an equation to its rule, once per distinct signature (a large step has tens of thousands of equations, few of them distinct)."""
+"""From an equation to its rule, once per distinct signature: a large step has many equations and few signatures."""
 
 from collections.abc import Hashable
 from typing import Any

@@ -135,9 +135,7 @@ def spec_graph(rank: int, axes: Axes, monoid: str) -> SpecGraph:
     )
 
 
-def permutation(
-    source: Spec, target: Spec, axes: tuple[str, ...], sizes: Sizes
-) -> tuple[tuple[int, int], ...]:
+def permutation(source: Spec, target: Spec, axes: tuple[str, ...], sizes: Sizes) -> tuple[tuple[int, int], ...]:
     """Who sends to whom, over ``axes``, so that blocks of ``source`` land where ``target`` wants them.
 
     A device that already holds its block keeps it. Both specs must have the same local shape, and the axes
@@ -181,9 +179,7 @@ def _strides(spec: Spec, sizes: Sizes) -> dict[str, tuple[int, int]]:
 def _specs(rank: int, axes: tuple[str, ...]) -> Iterator[Spec]:
     """Every way to give each axis to a dimension, in every order, to the partial axes, or to nothing."""
     for places in itertools.product(range(rank + 2), repeat=len(axes)):
-        where = [
-            tuple(a for a, at in zip(axes, places, strict=True) if at == place) for place in range(rank + 1)
-        ]
+        where = [tuple(a for a, at in zip(axes, places, strict=True) if at == place) for place in range(rank + 1)]
         for dims in itertools.product(*(itertools.permutations(group) for group in where[:rank])):
             yield Spec(tuple(dims), frozenset(where[rank]))
 

@@ -54,9 +54,7 @@ class Resharding:
     cost_s: float
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.steps)) or (
-            "nothing" if math.isfinite(self.cost_s) else "inadmissible"
-        )
+        return ", ".join(map(str, self.steps)) or ("nothing" if math.isfinite(self.cost_s) else "inadmissible")
 
 
 def plan_reshard(

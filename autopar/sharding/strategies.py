@@ -35,9 +35,7 @@ class Strategy:
 
 
 def _spec(layout: Layout, splits: dict[str, Split], partial: set[str]) -> Spec:
-    dims = tuple(
-        tuple(axis for factor in dim for axis, split in splits.items() if split == factor) for dim in layout
-    )
+    dims = tuple(tuple(axis for factor in dim for axis, split in splits.items() if split == factor) for dim in layout)
     return Spec(dims, frozenset(partial))
 
 
@@ -80,7 +78,7 @@ def strategies(rule: ShardingRule, sizes: Sizes) -> tuple[Strategy, ...]:
     factors = [name for name, size in rule.sizes.items() if size > 1]
     carrying = [group for group, operands in enumerate(rule.linear) if operands]
     options: list[list[Split]] = []
-    for _, size in sizes.items():
+    for size in sizes.values():
         fitting = [name for name in factors if rule.sizes[name] % size == 0]
         options.append([None] if size == 1 else [None, *fitting, *carrying])
     found = []

@@ -107,9 +107,7 @@ def _branch(program: _Program, bound: float) -> tuple[list[int] | None, float]:
         if program.remaining() <= 0.0:
             return None, bound
         memory = _memory(program, tighten)
-        answer = solve_polytope(
-            program.poly, memory, integral=True, seconds=program.remaining(), poll=program.poll
-        )
+        answer = solve_polytope(program.poly, memory, integral=True, seconds=program.remaining(), poll=program.poll)
         if not tighten:
             bound = max(bound, answer.bound)
         if answer.values is None:

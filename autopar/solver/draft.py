@@ -49,9 +49,7 @@ class Draft:
         """Start from a problem; parallel edges are added, empty usage dropped."""
         n = len(problem.nodes)
         costs = [tables.intern(array) for array in problem.nodes]
-        draft = Draft(
-            tables, costs, [{} for _ in range(n)], [{} for _ in range(n)], problem.limit, [True] * n
-        )
+        draft = Draft(tables, costs, [{} for _ in range(n)], [{} for _ in range(n)], problem.limit, [True] * n)
         if problem.limit is not None:
             for usage in problem.usages:
                 if usage.lo < usage.hi:
@@ -119,12 +117,8 @@ class Draft:
         kept = [node for node, alive in enumerate(self.alive) if alive]
         number = {node: index for index, node in enumerate(kept)}
         nodes = [tables[self.costs[node]] for node in kept]
-        edges = [
-            (number[u], number[v], tables[table]) for u in kept for v, table in self.near[u].items() if u < v
-        ]
-        usages = [
-            Usage(number[u], lo, hi, tables[t]) for u in kept for (lo, hi), t in sorted(self.live[u].items())
-        ]
+        edges = [(number[u], number[v], tables[table]) for u in kept for v, table in self.near[u].items() if u < v]
+        usages = [Usage(number[u], lo, hi, tables[t]) for u in kept for (lo, hi), t in sorted(self.live[u].items())]
         if self.constant or self.base or not nodes:
             usages += [Usage(len(nodes), lo, hi, np.array([size])) for lo, hi, size in flatten(self.base)]
             nodes.append(tables.shared(np.array([self.constant])))

@@ -38,9 +38,7 @@ class Order:
     left: tuple[int, ...]
 
 
-def elimination_order(
-    sizes: list[int], pairs: list[tuple[int, int]], wide_entries: int = WIDE_ENTRIES
-) -> Order:
+def elimination_order(sizes: list[int], pairs: list[tuple[int, int]], wide_entries: int = WIDE_ENTRIES) -> Order:
     """Smallest resulting table first, ties by position, so that repeated layers eliminate alike.
 
     Args:

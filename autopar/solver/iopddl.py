@@ -69,9 +69,7 @@ def _load(path: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ProblemError(f"{path} is not an IOPDDL instance ({error!r})", fix=fix) from error
     if len(set(nodes)) > 1 or len(set(edges)) > 1:
-        raise ProblemError(
-            f"{path} is not an IOPDDL instance (lists of {nodes} nodes, {edges} edges)", fix=fix
-        )
+        raise ProblemError(f"{path} is not an IOPDDL instance (lists of {nodes} nodes, {edges} edges)", fix=fix)
     return problem
 
 

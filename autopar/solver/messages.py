@@ -57,9 +57,7 @@ class Sweeps:
         self._first = np.cumsum(counts) - counts
         self._messages = np.zeros(int(counts.sum()))
         self._slot = {
-            (edge, node): slot
-            for node, near in enumerate(self._near)
-            for slot, (_, edge, _) in enumerate(near)
+            (edge, node): slot for node, near in enumerate(self._near) for slot, (_, edge, _) in enumerate(near)
         }
         self._nodes = [self._node(node) for node in range(len(self._sizes))]
 
@@ -67,9 +65,7 @@ class Sweeps:
         near, k = self._near[node], self._sizes[node]
         widths = np.array([self._sizes[other] for other, _, _ in near], np.int64)
         away = [self._span(edge, other) for other, edge, _ in near]
-        index = (
-            np.concatenate([np.arange(low, high) for low, high in away]) if near else np.zeros(0, np.int64)
-        )
+        index = np.concatenate([np.arange(low, high) for low, high in away]) if near else np.zeros(0, np.int64)
         matrices = self._tables.memo(_side_by_side, tuple(table for _, _, table in near)) if near else None
         toward = self._messages[self._first[node] : self._first[node] + len(near) * k].reshape(len(near), k)
         lower = sum(other < node for other, _, _ in near)
@@ -128,9 +124,7 @@ class Sweeps:
             if node.lower < len(node.starts):
                 start = node.starts[node.lower]
                 rest = node.matrices[:, start:] - self._messages[node.away[start:]]
-                total = total + np.minimum.reduceat(rest, node.starts[node.lower :] - start, axis=1).sum(
-                    axis=1
-                )
+                total = total + np.minimum.reduceat(rest, node.starts[node.lower :] - start, axis=1).sum(axis=1)
             chosen[index] = total.argmin()
         return chosen.tolist()
 

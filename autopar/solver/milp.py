@@ -119,9 +119,7 @@ def solve_polytope(
     """
     finite = np.isfinite(poly.costs)
     scale = OBJECTIVE_SCALE / max(np.abs(poly.costs[finite]).max(initial=0.0), 1e-300)
-    model = mathopt.Model.from_model_proto(
-        _proto(poly, memory, integral, np.where(finite, poly.costs * scale, 0.0))
-    )
+    model = mathopt.Model.from_model_proto(_proto(poly, memory, integral, np.where(finite, poly.costs * scale, 0.0)))
     choice = [model.get_variable(index) for index in range(poly.n_choice)]
     extra = mathopt.ModelSolveParameters(
         variable_values_filter=mathopt.VariableFilter(filtered_items=choice),
@@ -167,9 +165,7 @@ def _memory_scale(rows: Rows) -> float:
     return LIMIT_SCALE / max(rows.limit, float(rows.flat.max(initial=0.0)), 1e-300)
 
 
-def _memory_triplets(
-    poly: Polytope, rows: Rows, listed: list[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _memory_triplets(poly: Polytope, rows: Rows, listed: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     counts = np.diff(np.append(rows.offset, len(rows.flat)))
     owner = np.repeat(np.arange(len(rows.node)), counts)
     column = poly.first[rows.node[owner]] + np.arange(len(rows.flat)) - rows.offset[owner]

@@ -59,9 +59,7 @@ def forbid_dead(draft: Draft, nodes: list[int]) -> None:
         if kept is None:
             continue
         if draft.tables[kept].size == 0:
-            raise NoChoiceError(
-                "forbidden costs exclude every choice", np.inf, (node,), fix="allow more strategies"
-            )
+            raise NoChoiceError("forbidden costs exclude every choice", np.inf, (node,), fix="allow more strategies")
         draft.keep(node, kept)
         for other in sorted(set(draft.near[node]) - waiting):
             waiting.add(other)
@@ -174,9 +172,7 @@ def _follows(tables: Tables, table: int) -> tuple[int, int] | None:
 
 def _merge(draft: Draft, leader: int, follower: int, followed: tuple[int, int]) -> None:
     tables, (at, cost) = draft.tables, followed
-    edges = [
-        (other, tables.take(table, at)) for other, table in draft.near[follower].items() if other != leader
-    ]
+    edges = [(other, tables.take(table, at)) for other, table in draft.near[follower].items() if other != leader]
     live = [(interval, tables.take(table, at)) for interval, table in draft.live[follower].items()]
     mine = tables.add(tables.take(draft.costs[follower], at), cost)
     draft.remove(follower, (leader,), tables[at])

@@ -70,9 +70,7 @@ def cutset(problem: Problem, wide_entries: int, random: np.random.Generator) -> 
         held.update(random.choice(left, max(1, len(left) // CUTSET_ROUNDS), replace=False).tolist())
 
 
-def feasible_by_prices(
-    priced: Priced, dual: Dual, layout: np.ndarray, on_column: Callable[[Column], bool]
-) -> bool:
+def feasible_by_prices(priced: Priced, dual: Dual, layout: np.ndarray, on_column: Callable[[Column], bool]) -> bool:
     """Try prices around the best ones, until ``on_column`` says that it is enough.
 
     Args:

@@ -71,15 +71,11 @@ class Problem:
         where = f"edge {index} ({u}, {v})"
         n = len(self.nodes)
         if u == v or not (0 <= u < n and 0 <= v < n):
-            raise ProblemError(
-                f"an edge joins two different nodes below {n}", where=where, fix="fix its ends"
-            )
+            raise ProblemError(f"an edge joins two different nodes below {n}", where=where, fix="fix its ends")
         _check_table(matrix, 2, where, checked)
         shape = (len(self.nodes[u]), len(self.nodes[v]))
         if matrix.shape != shape:
-            raise ProblemError(
-                f"matrix is {matrix.shape}, strategies are {shape}", where=where, fix="reshape it"
-            )
+            raise ProblemError(f"matrix is {matrix.shape}, strategies are {shape}", where=where, fix="reshape it")
 
     def _check_usage(self, index: int, usage: Usage, checked: set[int]) -> None:
         where = f"usage {index} of node {usage.node}"
@@ -92,9 +88,7 @@ class Problem:
             return
         checked.add(("bytes", id(usage.bytes)))  # type: ignore[arg-type]
         if not (np.all(np.isfinite(usage.bytes)) and np.all(usage.bytes >= 0)):
-            raise ProblemError(
-                "bytes must be finite and not negative", where=where, fix="forbid by cost instead"
-            )
+            raise ProblemError("bytes must be finite and not negative", where=where, fix="forbid by cost instead")
 
     def cost(self, strategies: Sequence[int]) -> float:
         """Sum of node and edge costs of one strategy per node; ``inf`` if one is forbidden."""
@@ -190,9 +184,7 @@ def _check_table(table: np.ndarray, ndim: int, where: str, checked: set[int]) ->
         return
     checked.add(id(table))
     if not isinstance(table, np.ndarray) or table.ndim != ndim or table.dtype != np.float64:
-        raise ProblemError(
-            f"costs must be a float64 array with {ndim} dimensions", where=where, fix="convert them"
-        )
+        raise ProblemError(f"costs must be a float64 array with {ndim} dimensions", where=where, fix="convert them")
     if table.size == 0:
         raise ProblemError("a node needs at least one strategy", where=where, fix="drop the node")
     if np.isnan(table).any() or np.isneginf(table).any():

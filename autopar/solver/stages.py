@@ -124,9 +124,7 @@ def _pruned(part: Part, sweeps: Sweeps, costs: list[int], bound: float) -> Part 
     edges = tuple((u, v, search.tables.shared(m)) for (u, v), m in zip(sweeps.ends, matrices, strict=True))
     search.poll()
     try:
-        fewer, back = restrict(
-            Problem(problem.nodes, edges, problem.usages, problem.limit), search.tables, kept
-        )
+        fewer, back = restrict(Problem(problem.nodes, edges, problem.usages, problem.limit), search.tables, kept)
         reduced, lift = simplify(fewer, search.tables)
     except NoChoiceError:
         return None
@@ -197,9 +195,7 @@ def branch_on_mixture(part: Part, dual: Dual, seconds: float) -> None:
     search.begin("integer program on the mixture")
     used = [column for column, share in zip(dual.columns, dual.mixture, strict=False) if share > 0.0]
     used += [Column(part.best, part.least, np.zeros(0))] if part.best is not None else []
-    kept = [
-        np.unique([column.strategies[node] for column in used]) for node in range(len(part.problem.nodes))
-    ]
+    kept = [np.unique([column.strategies[node] for column in used]) for node in range(len(part.problem.nodes))]
     small, lift = restrict(part.problem, search.tables, kept)
     end = time.perf_counter() + seconds
     outcome = integer_program(small, search.tables, remaining=_until(end), poll=search.poll)

@@ -28,7 +28,10 @@ def test_the_objective_of_the_best_plan_is_its_predicted_step(name, mesh):
     assert plan.prediction.step_s == pytest.approx(plan.solution.objective_s, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", STEPS)
+SLOW = ("nested", "remat", "clipped")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in STEPS])
 def test_any_plan_computes_what_one_device_computes(name):
     step, args = STEPS[name]
     plan, _ = dice_plan(step, args, v5e("data=2,tensor=4"), seed=1 + len(name))

@@ -105,16 +105,17 @@ TINY = {
 }
 
 
+SQUARE = ("softmax", "transpose")  # the others have millions of choices on a mesh of two axes
+
+
 @pytest.mark.parametrize("limit", [None, 0.6])
-@pytest.mark.parametrize("mesh", ["x=2", "x=2,y=2"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "mesh"), [*((n, "x=2") for n in TINY), *((n, "x=2,y=2") for n in SQUARE)])
 def test_no_choice_of_the_formulation_is_cheaper_than_the_solvers(name, mesh, limit):
     step, args = TINY[name]
     formulator = prepare(trace(step, *args), v5e(mesh)).formulator
     problem = formulator.formulate(1e12).problem
     sizes = [len(costs) for costs in problem.nodes]
-    if math.prod(sizes) > 60_000:
-        pytest.skip(f"{math.prod(sizes)} choices")
+    assert math.prod(sizes) <= 60_000
     choices = list(itertools.product(*map(range, sizes)))
     if limit is not None:
         peaks = [problem.peak(choice) for choice in choices]
@@ -131,7 +132,7 @@ def test_no_choice_of_the_formulation_is_cheaper_than_the_solvers(name, mesh, li
 def test_too_little_memory_names_the_least_that_a_plan_needs():
     step, args = STEPS["mlp"]
     with pytest.raises(InfeasibleError, match=r"needs at least [\d.e-]+ GB") as error:
-        autopar.plan(step, *args, mesh="data=2,tensor=4", hardware="v5e", memory_gb=1e-7)
+        autopar.plan(step, *args, mesh="data=2,tensor=4", hardware="cpu", memory_gb=1e-7)
     assert "at the peak: " in str(error.value)
     assert "--memory-gb" in str(error.value)
 

@@ -73,9 +73,7 @@ def dot_general(lhs: Any, rhs: Any, *, dimension_numbers: tuple[Pairs, Pairs], *
     left, right, sizes = _product(lhs, rhs, *dimension_numbers)
     batch = tuple((f"b{i}",) for i in range(len(dimension_numbers[1][0])))
     boolean = lhs.dtype == rhs.dtype == jnp.bool_
-    return _rule(
-        (left, right), (*batch, *_of(left, "m"), *_of(right, "n")), sizes, "or" if boolean else "sum"
-    )
+    return _rule((left, right), (*batch, *_of(left, "m"), *_of(right, "n")), sizes, "or" if boolean else "sum")
 
 
 # ------------------------------------------------------------------------------------------- ragged products

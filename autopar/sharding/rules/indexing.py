@@ -111,9 +111,7 @@ def _limits(shard: Shard, windows: Sequence[int], index_map: Sequence[int]) -> l
 
 
 @sharding_rule("gather")
-def gather(
-    operand: Any, indices: Any, *, dimension_numbers: Any, slice_sizes: Any, **params: Any
-) -> ShardingRule:
+def gather(operand: Any, indices: Any, *, dimension_numbers: Any, slice_sizes: Any, **params: Any) -> ShardingRule:
     """Batch dimensions and whole windows pass through; rows are summed: one device holds each."""
     dims, index_dims = _layouts(operand.shape, indices.shape, slice_sizes, dimension_numbers)
     rows = [dim[0] for dim in dims if dim and dim[0].startswith("r")]
@@ -210,9 +208,7 @@ def _updates_whole(rule: ShardingRule) -> ShardingRule:
 
 
 @sharding_rule("scatter-add", "scatter-sub")
-def scatter_add(
-    operand: Any, indices: Any, updates: Any, *, dimension_numbers: Any, **_: Any
-) -> ShardingRule:
+def scatter_add(operand: Any, indices: Any, updates: Any, *, dimension_numbers: Any, **_: Any) -> ShardingRule:
     """Each device adds its updates to its term of the operand; linear in operand and updates together."""
     rule = _scatter_rule(operand, indices, updates, dimension_numbers)
     if not _is_sum(operand.dtype):
@@ -273,9 +269,7 @@ def _local_scatter(
     if not split:
         return [bind(operand, indices, updates, **params)]
     windows = _windows(operand, updates, numbers)
-    mode = (
-        CLIP if params["mode"] == CLIP else FILL_OR_DROP
-    )  # a scatter drops what was promised in bounds, too
+    mode = CLIP if params["mode"] == CLIP else FILL_OR_DROP  # a scatter drops what was promised in bounds, too
     columns = _positions(indices, _limits(shard, windows, numbers.start_index_map), mode)
     for column in split:
         # unique positions stay unique, and those that fall outside this block are dropped

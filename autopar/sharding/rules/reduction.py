@@ -48,9 +48,7 @@ def _reduction(monoid: str) -> Any:
         operand = whole_along(x.shape, axes) if bitwise else letters(x.shape)
         reduced = {name: monoid for i in axes for name in operand[i]}
         linear = sum_group(x) if monoid == "sum" else ()
-        return ShardingRule(
-            (operand,), (dropped(operand, axes),), sizes_of(operand, x.shape), reduced, linear
-        )
+        return ShardingRule((operand,), (dropped(operand, axes),), sizes_of(operand, x.shape), reduced, linear)
 
     return rule
 

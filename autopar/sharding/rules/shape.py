@@ -32,9 +32,7 @@ def only(layout: Layout, kept: tuple[bool, ...]) -> Layout:
 def broadcast_in_dim(x: Any, *_: Any, shape: Shape, broadcast_dimensions: Shape, **__: Any) -> ShardingRule:
     """``a -> b a``: new and stretched dimensions have factors of their own, which the operand lacks."""
     result = letters(shape)
-    operand = tuple(
-        result[dim] if size > 1 else () for size, dim in zip(x.shape, broadcast_dimensions, strict=True)
-    )
+    operand = tuple(result[dim] if size > 1 else () for size, dim in zip(x.shape, broadcast_dimensions, strict=True))
     return ShardingRule((operand,), (result,), sizes_of(result, shape), linear=linear_in((x,), 0))
 
 
@@ -164,9 +162,7 @@ def rev(x: Any, *, dimensions: Shape, **_: Any) -> ShardingRule:
 
 
 @sharding_rule("slice")
-def slice_(
-    x: Any, *, start_indices: Shape, limit_indices: Shape, strides: Shape | None, **_: Any
-) -> ShardingRule:
+def slice_(x: Any, *, start_indices: Shape, limit_indices: Shape, strides: Shape | None, **_: Any) -> ShardingRule:
     """Dimensions taken whole pass; others are whole."""
     steps = strides or (1,) * len(x.shape)
     taken = zip(start_indices, limit_indices, steps, x.shape, strict=True)
@@ -176,9 +172,7 @@ def slice_(
 
 
 @local_rule("slice")
-def local_slice(
-    shard: Shard, x: Any, *, start_indices: Shape, strides: Shape | None, **params: Any
-) -> list[Any]:
+def local_slice(shard: Shard, x: Any, *, start_indices: Shape, strides: Shape | None, **params: Any) -> list[Any]:
     """Split dimensions end at their local size."""
     limits = tuple(
         size if dim else limit
@@ -226,9 +220,7 @@ def concatenate(*avals: Any, dimension: int) -> ShardingRule:
     shape = avals[0].shape
     layout = only(letters(shape), tuple(i != dimension for i in range(len(shape))))
     operands = (layout,) * len(avals)
-    return ShardingRule(
-        operands, (layout,), sizes_of(layout, shape), linear=linear_in(avals, *range(len(avals)))
-    )
+    return ShardingRule(operands, (layout,), sizes_of(layout, shape), linear=linear_in(avals, *range(len(avals))))
 
 
 @sharding_rule("split")
