@@ -97,8 +97,8 @@ class Space:
 def _without_scalar_choices(rule: ShardingRule, found: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
     """A sum of scalars stays partial over every axis until something needs it whole.
 
-    Turning a complete scalar into a partial one is free, and one all-reduce at the end serves all terms: no other choice
-    is cheaper, and without the choice a global norm does not tie every gradient of the step to every other.
+    Turning a complete scalar into a partial one is free, and one all-reduce at the end serves all terms: nothing is
+    cheaper, and without the choice a global norm does not tie every gradient of the step to every other.
     """
     if any(rule.results) or not any(rule.linear):
         return found

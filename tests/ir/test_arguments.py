@@ -60,7 +60,8 @@ def test_updates_are_visible_in_the_callers_objects_as_under_nnx_jit():
     for a, b in zip(plain(found), plain(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert model.norm.mean[...].tolist() != [0.0] * 8
-    assert int(model.dropout.rngs.count[...]) == int(other_model.dropout.rngs.count[...]) > 0
+    counts = [int(net.dropout.rngs.count[...]) for net in (model, other_model) if net.dropout.rngs is not None]
+    assert counts[0] == counts[1] > 0
     assert any((a != b).any() for a, b in zip(before, plain(nnx.state(model)), strict=True))
 
 
