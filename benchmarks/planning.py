@@ -15,6 +15,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-2": ("gpt", {"layers": 2, **WIDE}),
     "gpt-12": ("gpt", {"layers": 12, **WIDE}),
     "gpt-48": ("gpt", {"layers": 48, **WIDE}),
+    "llama-32-short": ("llama", {"layers": 32, **LLAMA_8B, "seq": 2048, "batch": 16}),
     "llama-8": ("llama", {"layers": 8, **LLAMA_8B}),
     "llama-32": ("llama", {"layers": 32, **LLAMA_8B}),
 }

@@ -26,7 +26,7 @@ from autopar.solver import Choice
 AXES = ("data", "tensor")
 """Axis names of the meshes tried when the user names none."""
 
-MEMORY_GAP = 2e-3
+MEMORY_GAP = 5e-3
 """How close to its bound the solver must come under a memory limit; the last tenth of a percent can take minutes."""
 
 MEMORY_ROUNDS = 4

@@ -37,13 +37,14 @@ class Outcome:
 
 @dataclass
 class _Program:
-    """A polytope with its growing list of memory rows, and when to stop."""
+    """A polytope with its growing list of memory rows, and when to stop: at a time, at a relative gap."""
 
     poly: Polytope
     rows: Rows | None
     listed: list[int]
     remaining: Callable[[], float]
     poll: Callable[[], None]
+    gap: float
 
 
 def integer_program(
@@ -53,6 +54,7 @@ def integer_program(
     remaining: Callable[[], float],
     poll: Callable[[], None] = lambda: None,
     cutoff: float = math.inf,
+    gap: float = 0.0,
 ) -> Outcome:
     """Solve a problem, or bound it in the time there is.
 
@@ -62,13 +64,14 @@ def integer_program(
         remaining: seconds left.
         poll: called while waiting; it may raise.
         cutoff: stop when the bound reaches this cost.
+        gap: stop at this relative gap.
     """
     try:
         reduced, lift = simplify(problem, tables)
     except NoChoiceError:
         return Outcome(None, math.inf)
     rows = rows_of(reduced) if reduced.limit is not None else None
-    program = _Program(polytope(reduced), rows, [], remaining, poll)
+    program = _Program(polytope(reduced), rows, [], remaining, poll, gap)
     shares, bound = _relax(program, cutoff)
     if math.isinf(bound) or bound >= cutoff or shares is None:
         return Outcome(None, bound)
@@ -107,7 +110,8 @@ def _branch(program: _Program, bound: float) -> tuple[list[int] | None, float]:
         if program.remaining() <= 0.0:
             return None, bound
         memory = _memory(program, tighten)
-        answer = solve_polytope(program.poly, memory, integral=True, seconds=program.remaining(), poll=program.poll)
+        seconds, poll, gap = program.remaining(), program.poll, program.gap
+        answer = solve_polytope(program.poly, memory, integral=True, seconds=seconds, poll=poll, gap=gap)
         if not tighten:
             bound = max(bound, answer.bound)
         if answer.values is None:

@@ -21,6 +21,7 @@ from autopar.solver.problem import Problem
 from autopar.solver.rows import Rows
 
 POLL_S = 0.05
+LEAST_GAP = 1e-9
 # The objective is scaled to this magnitude: HiGHS's tolerances are absolute, about 1e-6.
 OBJECTIVE_SCALE = 1e4
 LIMIT_SCALE = 1e3
@@ -107,6 +108,7 @@ def solve_polytope(
     integral: bool,
     seconds: float,
     poll: Callable[[], None] = lambda: None,
+    gap: float = 0.0,
 ) -> Answer:
     """Solve the integer program or its relaxation under the memory rows listed.
 
@@ -116,6 +118,7 @@ def solve_polytope(
         integral: whether choices must be whole.
         seconds: time limit.
         poll: called while HiGHS works; it may raise to leave (HiGHS itself then ends at its time limit).
+        gap: stop at this relative gap.
     """
     finite = np.isfinite(poly.costs)
     scale = OBJECTIVE_SCALE / max(np.abs(poly.costs[finite]).max(initial=0.0), 1e-300)
@@ -125,7 +128,12 @@ def solve_polytope(
         variable_values_filter=mathopt.VariableFilter(filtered_items=choice),
         dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=[]),
     )
-    result = _run_highs(model, extra, max(seconds, 0.1), poll)
+    limits = mathopt.SolveParameters(
+        time_limit=datetime.timedelta(seconds=max(seconds, 0.1)),
+        relative_gap_tolerance=max(gap, LEAST_GAP),
+        absolute_gap_tolerance=0.0,
+    )
+    result = _run_highs(model, limits, extra, poll)
     return _answer(result, choice, scale)
 
 
@@ -182,14 +190,12 @@ def _memory_triplets(poly: Polytope, rows: Rows, listed: list[int]) -> tuple[np.
 
 
 def _run_highs(
-    model: mathopt.Model, extra: mathopt.ModelSolveParameters, seconds: float, poll: Callable[[], None]
+    model: mathopt.Model,
+    limits: mathopt.SolveParameters,
+    extra: mathopt.ModelSolveParameters,
+    poll: Callable[[], None],
 ) -> mathopt.SolveResult:
     """HiGHS in a thread: it cannot be interrupted, but the caller must be able to leave."""
-    limits = mathopt.SolveParameters(
-        time_limit=datetime.timedelta(seconds=seconds),
-        relative_gap_tolerance=1e-9,
-        absolute_gap_tolerance=0.0,
-    )
     results: list[mathopt.SolveResult] = []
     work = threading.Thread(
         target=lambda: results.append(

@@ -13,10 +13,10 @@ from autopar.solver.eliminate import WIDE_ENTRIES
 from autopar.solver.milp import ROUNDING
 from autopar.solver.problem import Choice, NoChoiceError, Problem, Progress, relative_gap
 from autopar.solver.rows import rows_of
-from autopar.solver.tables import Tables, largest_finite, quantize, quantum_of
+from autopar.solver.tables import FREE_QUANTA_BITS, QUANTA_BITS, Tables, largest_finite, quantize, quantum_of
 
-# A gap this small is float64 rounding: costs are rounded to quanta of 2**-46 of their sum.
-PROVEN_GAP = 1e-9
+# A gap this small is float64 rounding. What rounding to quanta can make of a gap counts as well, up to the second.
+PROVEN_GAP, MOST_ROUNDING_GAP = 1e-9, 1e-8
 
 
 class Stopped(Exception):
@@ -26,12 +26,12 @@ class Stopped(Exception):
 class Search:
     """One solve: its clock, its incumbent and its bound (in the caller's costs), its store of tables.
 
-    ``wide_entries`` bounds the tables of exact elimination; what would need larger ones is solved by other
-    means.
+    ``rounding`` is by how much rounding to quanta can change the cost of a choice. ``wide_entries`` bounds the
+    tables of exact elimination; what would need larger ones is solved by other means.
     """
 
     def __init__(self, problem: Problem, seconds: float, target_gap: float) -> None:
-        self.problem, self.target_gap = problem, max(target_gap, PROVEN_GAP)
+        self.problem, self.target_gap, self.rounding = problem, target_gap, 0.0
         self.on_progress: Callable[[Progress], None] | None = None
         self.should_stop: Callable[[], bool] | None = None
         self.start = time.perf_counter()
@@ -85,7 +85,13 @@ class Search:
 
     def done(self) -> bool:
         """Whether the gap is as small as asked for."""
-        return self.gap() <= self.target_gap
+        return self.gap() <= self.target_gap or self.proven()
+
+    def proven(self) -> bool:
+        """Whether what is left of the gap is rounding."""
+        scale = max(abs(self.objective), abs(self.bound))
+        rounding = min(self.rounding / scale, MOST_ROUNDING_GAP) if 0.0 < scale < math.inf else 0.0
+        return self.gap() <= max(PROVEN_GAP, rounding)
 
     def finish(self) -> Choice:
         """Report for the last time and return the choice."""
@@ -104,8 +110,7 @@ class Search:
             raise NoChoiceError(what, -math.inf, (), fix="allow more seconds or a larger limit")
         kept = {"tables_computed": self.tables.misses, "tables_kept": len(self.tables.arrays)}
         stats = self.stats | kept
-        proven = self.gap() <= PROVEN_GAP
-        return Choice(self.strategies, self.objective, self.bound, proven, self.seconds(), stats)
+        return Choice(self.strategies, self.objective, self.bound, self.proven(), self.seconds(), stats)
 
 
 class Part:
@@ -153,7 +158,8 @@ def whole_part(search: Search) -> Part:
             seen[id(array)] = (array, largest_finite(array))
     total = sum(seen[id(costs)][1] for costs in problem.nodes)
     total += sum(seen[id(matrix)][1] for _, _, matrix in problem.edges)
-    quantum = quantum_of(total)
+    quantum = quantum_of(total, FREE_QUANTA_BITS if problem.limit is None else QUANTA_BITS)
+    search.rounding = quantum / 2 * (len(problem.nodes) + len(problem.edges))
     whole = {key: tables.shared(quantize(array, quantum)) for key, (array, _) in seen.items()}
     nodes = tuple(whole[id(costs)] for costs in problem.nodes)
     edges = tuple((u, v, whole[id(matrix)]) for u, v, matrix in problem.edges)

@@ -136,8 +136,9 @@ class Choice:
     Args:
         strategies: index into each node's costs.
         objective: the problem's cost of these strategies, recomputed from the problem as it was given.
-        lower_bound: no feasible choice costs less (within float64 rounding, 1e-9 relative).
-        proven: whether the gap is zero within that rounding: the choice is optimal.
+        lower_bound: no feasible choice costs less (within rounding).
+        proven: whether the gap is zero within rounding, 1e-9 relative of float64, and at most 1e-8 where very many
+            costs were rounded to whole quanta: the choice is optimal.
         seconds: wall time of the solve.
         stats: what the solver did, for tables and logs.
     """

@@ -10,12 +10,14 @@ from autopar.solver.presolve import drop_fixed, reduce_once, simplify
 from autopar.solver.problem import Choice, Problem, Progress
 from autopar.solver.room import least_sum_exceeds, no_room
 from autopar.solver.stages import (
+    EASY_ENTRIES,
     MILP_ENTRIES,
     WIDENING,
     bound_and_prune,
     branch_on_mixture,
     branch_whole,
     eliminate_whole,
+    guess_the_gap,
     highest_cost,
     improve_by_cutsets,
     improve_windows,
@@ -24,10 +26,10 @@ from autopar.solver.stages import (
     prune_at_prices,
 )
 
-# A pruned program this small is solved before anything else is tried.
-EASY_ENTRIES, EASY_SHARE = 20_000, 0.3
+# An easy program may take this share of the time left before anything else is tried.
+EASY_SHARE = 0.3
 # Shares of the time left, and the most time, that stages may take which others are to follow.
-PRICE_SHARE, CUTSETS_SHARE, MIXTURE_SHARE, MIXTURE_S = 0.4, 0.2, 0.2, 10.0
+PRICE_SHARE, CUTSETS_SHARE, GUESS_SHARE, MIXTURE_SHARE, MIXTURE_S = 0.4, 0.2, 0.3, 0.2, 10.0
 # Pruning goes on while it leaves less than this share of the edge entries.
 STUCK_SHARE = 0.9
 
@@ -101,7 +103,7 @@ def _close_free(part: Part) -> None:
         if smaller is None:
             _exhausted(search)
             return
-        if entries_of(smaller.problem) <= STUCK_SHARE * entries_of(part.problem):
+        if entries_of(smaller.problem) < STUCK_SHARE * entries_of(part.problem):
             part = smaller
         elif not improved:
             improve_by_cutsets(part, CUTSETS_SHARE * search.remaining())
@@ -120,6 +122,10 @@ def _close_limited(part: Part) -> None:
         _exhausted(search)
     if not search.done():
         mix_layers(part, priced, dual)
+    if not search.done():
+        branch_on_mixture(part, dual, min(MIXTURE_S, MIXTURE_SHARE * search.remaining()))
+    if not search.done():
+        guess_the_gap(part, priced, dual, GUESS_SHARE * search.remaining())
     for last in (False, True):
         if search.done():
             return
@@ -131,8 +137,6 @@ def _close_limited(part: Part) -> None:
         most, share = (MILP_ENTRIES, 1.0) if last else (EASY_ENTRIES, EASY_SHARE)
         if entries <= most and branch_whole(smaller, share * search.remaining()):
             _exhausted(search)
-        if not last and not search.done() and priced.relaxation.exact:
-            branch_on_mixture(part, dual, min(MIXTURE_S, MIXTURE_SHARE * search.remaining()))
     improve_windows(part, search.remaining())
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from autopar.solver.branch import integer_program
 from autopar.solver.lagrange import Column, Dual, Priced, maximise, maximise_by_weights
 from autopar.solver.messages import Sweeps
+from autopar.solver.milp import entries_of
 from autopar.solver.part import Part
 from autopar.solver.presolve import restrict, simplify
 from autopar.solver.primal import cutset, feasible_by_prices, line_layout
@@ -26,6 +27,10 @@ SWEEPS_PER_LOOK = 5
 # The integer program closes what is at most this large; beyond, its relaxation alone takes minutes.
 MILP_ENTRIES = 400_000
 WINDOW_NODES, WINDOW_S = 60, 3.0
+# A program this small is solved in seconds.
+EASY_ENTRIES = 20_000
+# The first guess of the optimum as a share of the gap, the factor between guesses, the time for each.
+FIRST_GUESS, NEXT_GUESS, GUESS_S = 1 / 32, 2.0, 6.0
 # Tables of the part that a cutset leaves free, and after how many cutsets without gain to stop.
 CUTSET_ENTRIES, MOST_FAILURES = 50_000, 6
 # Numbers held in tables (8 bytes each) at which elimination with wide tables gives up, and how wide these
@@ -67,7 +72,8 @@ def eliminate_whole(part: Part, widening: int = 1) -> bool:
         raise NoChoiceError("forbidden costs exclude every choice", math.inf, (), fix="allow more strategies")
     part.raise_bound(least)
     part.offer(strategies)
-    return search.done()
+    # Without memory rows nothing is left in the part, however its incumbent rounds.
+    return part.rows is None or search.done()
 
 
 def bound_and_prune(part: Part) -> Part | None:
@@ -91,13 +97,41 @@ def bound_and_prune(part: Part) -> Part | None:
             if search.done() or bound - before <= STALLED_SHARE * min(gap, abs(bound)):
                 break
             before = bound
-    return _pruned(part, sweeps, costs, bound)
+    return _pruned(part, sweeps, costs, part.room(bound))
 
 
 def prune_at_prices(part: Part, priced: Priced, dual: Dual) -> Part | None:
     """Like ``bound_and_prune``, with memory priced at the best prices known."""
+    part.search.begin("message passing at prices")
+    sweeps, costs, bound = _settle(part, priced, dual)
+    return _pruned(part, sweeps, costs, part.room(bound))
+
+
+def guess_the_gap(part: Part, priced: Priced, dual: Dual, seconds: float) -> None:
+    """Suppose that the optimum is close to the bound: little is left to choose, and an integer program sees to that.
+
+    Whatever the supposition excludes costs more than it, so each program bounds the whole part, and proves optimal
+    what it finds below it. Each supposition is wider than the one before.
+    """
     search = part.search
-    search.begin("message passing at prices")
+    search.begin("guessing the gap")
+    end = time.perf_counter() + seconds
+    sweeps, costs, bound = _settle(part, priced, dual)
+    room = max(min(part.room(bound), abs(bound)) * FIRST_GUESS, search.target_gap * abs(bound))
+    while not search.done() and room < part.room(bound) and time.perf_counter() < end:
+        smaller = _pruned(part, sweeps, costs, room)
+        if smaller is None:
+            part.raise_bound(bound + room)
+        elif entries_of(smaller.problem) > EASY_ENTRIES:
+            return
+        else:
+            branch_whole(smaller, min(GUESS_S, end - time.perf_counter()), bound + room)
+        room *= NEXT_GUESS
+
+
+def _settle(part: Part, priced: Priced, dual: Dual) -> tuple[Sweeps, list[int], float]:
+    """Message passing at the best prices until it stalls: ``(messages, priced costs, bound in quanta)``."""
+    search = part.search
     warm = priced.relaxation
     sweeps = warm if isinstance(warm, Sweeps) else Sweeps(part.problem, search.tables)
     costs = priced.pricing.costs(dual.prices)
@@ -110,11 +144,10 @@ def prune_at_prices(part: Part, priced: Priced, dual: Dual) -> Part | None:
         if bound - before <= STALLED_SHARE * min(search.objective / part.quantum - bound, abs(bound)):
             break
         before = bound
-    return _pruned(part, sweeps, costs, bound)
+    return sweeps, costs, bound
 
 
-def _pruned(part: Part, sweeps: Sweeps, costs: list[int], bound: float) -> Part | None:
-    room = part.room(bound)
+def _pruned(part: Part, sweeps: Sweeps, costs: list[int], room: float) -> Part | None:
     if math.isinf(room):
         return part
     search, problem = part.search, part.problem
@@ -194,6 +227,8 @@ def branch_on_mixture(part: Part, dual: Dual, seconds: float) -> None:
     search = part.search
     search.begin("integer program on the mixture")
     used = [column for column, share in zip(dual.columns, dual.mixture, strict=False) if share > 0.0]
+    # Weights give no mixture: there the latest choices stand for it.
+    used = used if len(used) > 1 else dual.columns
     used += [Column(part.best, part.least, np.zeros(0))] if part.best is not None else []
     kept = [np.unique([column.strategies[node] for column in used]) for node in range(len(part.problem.nodes))]
     small, lift = restrict(part.problem, search.tables, kept)
@@ -203,8 +238,14 @@ def branch_on_mixture(part: Part, dual: Dual, seconds: float) -> None:
         part.offer(lift(outcome.strategies))
 
 
-def branch_whole(part: Part, seconds: float) -> bool:
-    """The integer program on the whole part; whether it proved that nothing better is left."""
+def branch_whole(part: Part, seconds: float, ceiling: float = math.inf) -> bool:
+    """The integer program on the whole part; whether it proved that nothing better is left.
+
+    Args:
+        part: what to solve.
+        seconds: wall time.
+        ceiling: choices that are not in the part may cost this much, in quanta.
+    """
     search = part.search
     search.begin("integer program")
     # HiGHS overruns its limit a little, and must return before time is up for its incumbent to count.
@@ -215,8 +256,9 @@ def branch_whole(part: Part, seconds: float) -> bool:
         remaining=_until(end),
         poll=search.poll,
         cutoff=search.objective / part.quantum,
+        gap=search.target_gap,
     )
-    part.raise_bound(outcome.bound)
+    part.raise_bound(min(outcome.bound, ceiling))
     if outcome.strategies is not None:
         part.offer(outcome.strategies)
     return math.isinf(outcome.bound)

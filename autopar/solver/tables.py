@@ -17,8 +17,8 @@ import numpy as np
 
 SMALL_BYTES = 4096
 # Sums of largest entries stay below 2**46 quanta, which leaves 7 bits of the 53-bit mantissa for prices on
-# usage.
-QUANTA_BITS = 46
+# usage; without prices, one bit for differences and one to spare suffice.
+QUANTA_BITS, FREE_QUANTA_BITS = 46, 51
 
 
 class TooManyEntries(Exception):
@@ -135,11 +135,11 @@ def _take(tables: Tables, table: int, kept: int) -> int:
     return tables.intern(tables[table][tables[kept]])
 
 
-def quantum_of(largest: float) -> float:
+def quantum_of(largest: float, bits: int = QUANTA_BITS) -> float:
     """The power of two of which costs that sum to at most ``largest`` are taken as whole multiples."""
     if largest == 0.0 or not math.isfinite(largest):
         return 1.0
-    return 2.0 ** (math.frexp(largest)[1] - QUANTA_BITS)
+    return 2.0 ** (math.frexp(largest)[1] - bits)
 
 
 def largest_finite(array: np.ndarray) -> float:

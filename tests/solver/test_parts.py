@@ -149,9 +149,7 @@ def test_a_star_with_hundreds_of_points_is_solved_with_tables_of_one_axis(strate
     nodes = (np.zeros(strategies), *(random.uniform(size=2) for _ in range(points)))
     edges = tuple((0, point, random.uniform(size=(strategies, 2))) for point in range(1, points + 1))
     choice = solve(Problem(nodes, edges))
-    best = min(
-        sum(float((nodes[v] + matrix[hub]).min()) for _, v, matrix in edges) for hub in range(strategies)
-    )
+    best = min(sum(float((nodes[v] + matrix[hub]).min()) for _, v, matrix in edges) for hub in range(strategies))
     assert choice.proven and choice.objective == pytest.approx(best)
     assert choice.stats["widest_entries"] <= strategies
 
@@ -170,9 +168,7 @@ def test_equal_content_in_different_objects_is_recognised():
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e12])
 def test_costs_and_bytes_of_any_scale_are_solved(scale):
     costs = (np.array([1.0, 2.0, 5.0]) * scale, np.array([1.0, 3.0]) * scale)
-    usages = tuple(
-        Usage(node, 0, 1, np.array([4.0, 2.0, 1.0])[:size] * scale) for node, size in ((0, 3), (1, 2))
-    )
+    usages = tuple(Usage(node, 0, 1, np.array([4.0, 2.0, 1.0])[:size] * scale) for node, size in ((0, 3), (1, 2)))
     choice = solve(Problem(costs, ((0, 1, np.zeros((3, 2))),), usages, 4.0 * scale))
     assert choice.strategies == (1, 1) and choice.proven
     assert choice.objective == pytest.approx(5.0 * scale)

@@ -181,9 +181,7 @@ def test_progress_never_worsens_and_bound_never_passes_the_incumbent():
 
 
 def test_without_time_there_is_an_error_that_says_so():
-    with pytest.raises(
-        InfeasibleError, match=r"no feasible choice found in .* s, and feasibility not excluded"
-    ):
+    with pytest.raises(InfeasibleError, match=r"no feasible choice found in .* s, and feasibility not excluded"):
         solve(tight_step(), seconds=0.0)
 
 
