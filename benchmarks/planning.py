@@ -1,6 +1,6 @@
 """CPU seconds that planning takes, on shapes alone: trace, build, solve, for models of several depths on an 8x8 mesh.
 
-    python -m benchmarks.planning [--mesh data=8,tensor=8] [--memory-gb G] [--rows gpt-2 gpt-12 gpt-48 llama-32]
+python -m benchmarks.planning [--mesh data=8,tensor=8] [--memory-gb G] [--rows gpt-2 gpt-12 gpt-48 llama-32]
 """
 
 import argparse
@@ -49,10 +49,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=list(ROWS))
     options = parser.parse_args()
     header = "equations  nodes  trace_s  build_s  solve_s  total_s  certificate     step_s  peak_GB"
-    print(f"{'model':10s}{header}", flush=True)  # noqa: T201
+    print(f"{'model':10s}{header}", flush=True)
     for name in options.rows:
         model, settings = ROWS[name]
-        print(f"{name:10s}{measure(model, settings, options.mesh, options.memory_gb)}", flush=True)  # noqa: T201
+        print(f"{name:10s}{measure(model, settings, options.mesh, options.memory_gb)}", flush=True)
 
 
 if __name__ == "__main__":

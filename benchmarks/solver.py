@@ -13,9 +13,7 @@ from pathlib import Path
 from autopar.errors import InfeasibleError
 from autopar.solver import exact_score, read_iopddl, solve
 
-HEADER = (
-    f"{'instance':32} {'nodes':>7} {'limit_s':>7} {'cost':>18} {'bound':>18}" + "       gap  wall_s   cpu_s"
-)
+HEADER = f"{'instance':32} {'nodes':>7} {'limit_s':>7} {'cost':>18} {'bound':>18}" + "       gap  wall_s   cpu_s"
 
 
 def main() -> None:

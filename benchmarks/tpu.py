@@ -43,9 +43,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     from autopar.lowering.spmd import lower
     from autopar.lowering.topology import tpu_mesh
 
-    step, state, batch = importlib.import_module(f"models.{options.model}").make(
-        abstract=True, **SIZES[options.model]
-    )
+    step, state, batch = importlib.import_module(f"models.{options.model}").make(abstract=True, **SIZES[options.model])
     traced, trace_s = traced_in_time(adapt(step, (state, batch)))
     chosen = Options(mesh=options.mesh, hardware="v5e", memory_gb=options.memory_gb, preset=options.preset)
     plan = plan_traced(traced, trace_s, chosen)
@@ -72,12 +70,9 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "temp_gb": found.temp_bytes / 1e9,
         "peak_gb": {"predicted": plan.prediction.peak_bytes / 1e9, "compiled": found.peak_bytes / 1e9},
         "state_gb": plan.prediction.state_bytes / 1e9,
-        "collectives": [
-            f"{c.kind} {'+'.join(c.axes)} {c.count}x {c.nbytes / 1e6:.1f} MB" for c in found.collectives
-        ],
+        "collectives": [f"{c.kind} {'+'.join(c.axes)} {c.count}x {c.nbytes / 1e6:.1f} MB" for c in found.collectives],
         "predicted": [
-            f"{c.kind} {'+'.join(c.axes)} {c.count}x {c.nbytes / 1e6:.1f} MB"
-            for c in plan.prediction.collectives
+            f"{c.kind} {'+'.join(c.axes)} {c.count}x {c.nbytes / 1e6:.1f} MB" for c in plan.prediction.collectives
         ],
         "differences": [str(d) for d in differences],
     }

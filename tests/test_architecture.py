@@ -64,8 +64,7 @@ def test_no_module_is_longer_than_400_lines():
 
 def test_no_function_is_longer_than_40_lines():
     lengths = {
-        f"{where(path, f.lineno)} {f.name}": (f.end_lineno or f.lineno) - f.lineno + 1
-        for path, f in functions()
+        f"{where(path, f.lineno)} {f.name}": (f.end_lineno or f.lineno) - f.lineno + 1 for path, f in functions()
     }
     assert {name: n for name, n in lengths.items() if n > MAX_FUNCTION_LINES} == {}
 
@@ -121,19 +120,14 @@ def test_nothing_catches_every_exception():
         for path in SOURCES
         for node in ast.walk(parse(path))
         if isinstance(node, ast.ExceptHandler)
-        and (
-            node.type is None
-            or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException"))
-        )
+        and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")))
     ]
     assert broad == []
 
 
 def test_nothing_is_left_to_do():
     marks = [f"{mark}{sign}" for mark in ("TODO", "FIXME", "XXX") for sign in (":", "(", " ")]
-    assert [
-        where(p) for p in EVERYTHING if any(mark in p.read_text(encoding="utf-8") for mark in marks)
-    ] == []
+    assert [where(p) for p in EVERYTHING if any(mark in p.read_text(encoding="utf-8") for mark in marks)] == []
 
 
 def test_plans_are_made_read_and_solved_without_jax():

@@ -24,9 +24,7 @@ def test_a_difference_fails_and_is_shown_line_by_line(project):
     (project.path / "golden" / "poem.txt").write_text("roses\nlilies\n")
     result = project.runpytest_inprocess()
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(
-        ["*--- tests/golden/poem.txt", "*-lilies", "*+violets", "*pytest --update-golden*"]
-    )
+    result.stdout.fnmatch_lines(["*--- tests/golden/poem.txt", "*-lilies", "*+violets", "*pytest --update-golden*"])
     assert (project.path / "golden" / "poem.txt").read_text() == "roses\nlilies\n"
 
 

@@ -5,31 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from autopar.solver.milp import entries_of
+from autopar.solver.narrow import EASY_ENTRIES, branch_near, branch_whole, guess_the_gap, prune_by_gap, settle
 from autopar.solver.part import Part, Search, Stopped, whole_part
 from autopar.solver.presolve import drop_fixed, reduce_once, simplify
 from autopar.solver.problem import Choice, Problem, Progress
 from autopar.solver.room import least_sum_exceeds, no_room
 from autopar.solver.stages import (
-    EASY_ENTRIES,
     MILP_ENTRIES,
     WIDENING,
     bound_and_prune,
-    branch_on_mixture,
-    branch_whole,
     eliminate_whole,
-    guess_the_gap,
     highest_cost,
     improve_by_cutsets,
     improve_windows,
     mix_layers,
+    offer_early,
     price_memory,
-    prune_at_prices,
 )
 
 # An easy program may take this share of the time left before anything else is tried.
 EASY_SHARE = 0.3
+# Beyond so many joined entries elimination takes long enough for the caller to want a choice in hand first.
+QUICK_ENTRIES = 2_000_000_000
 # Shares of the time left, and the most time, that stages may take which others are to follow.
-PRICE_SHARE, CUTSETS_SHARE, GUESS_SHARE, MIXTURE_SHARE, MIXTURE_S = 0.4, 0.2, 0.3, 0.2, 10.0
+PRICE_SHARE, CUTSETS_SHARE, GUESS_SHARE, NEAR_SHARE = 0.4, 0.2, 0.3, 0.2
 # Pruning goes on while it leaves less than this share of the edge entries.
 STUCK_SHARE = 0.9
 
@@ -83,12 +82,13 @@ def run(search: Search) -> None:
     if any(len(costs) == 1 for costs in part.problem.nodes):
         # A fixed node may have hundreds of neighbours: no table can have an axis for each.
         part = part.smaller(*reduce_once(drop_fixed, part.problem, search.tables))
-    if eliminate_whole(part):
+    if eliminate_whole(part, most_joined=QUICK_ENTRIES):
         return
     search.begin("presolve")
     part = part.smaller(*simplify(part.problem, search.tables))
     search.stats["reduced_nodes"] = len(part.problem.nodes)
     search.stats["reduced_edge_entries"] = entries_of(part.problem)
+    offer_early(part)
     if part.rows is None:
         _close_free(part)
     else:
@@ -117,19 +117,23 @@ def _close_free(part: Part) -> None:
 def _close_limited(part: Part) -> None:
     """With memory rows: price them, build feasible choices, prune by the gap, branch on what is left."""
     search = part.search
+    if "elimination_s" not in search.stats and eliminate_whole(part):
+        return
     priced, dual = price_memory(part, PRICE_SHARE * search.remaining())
     if dual.bound > highest_cost(part.problem):
         _exhausted(search)
-    if not search.done():
+    if not search.done() and (priced.relaxation.exact or part.best is None):
         mix_layers(part, priced, dual)
+    if search.done():
+        return
+    settled = settle(part, priced, dual)
+    branch_near(part, settled, dual, NEAR_SHARE * search.remaining())
     if not search.done():
-        branch_on_mixture(part, dual, min(MIXTURE_S, MIXTURE_SHARE * search.remaining()))
-    if not search.done():
-        guess_the_gap(part, priced, dual, GUESS_SHARE * search.remaining())
+        guess_the_gap(part, settled, GUESS_SHARE * search.remaining())
     for last in (False, True):
         if search.done():
             return
-        smaller = prune_at_prices(part, priced, dual)
+        smaller = prune_by_gap(part, settled)
         if smaller is None:
             _exhausted(search)
             return

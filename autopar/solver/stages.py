@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
 
 import numpy as np
 
 from autopar.solver.branch import integer_program
 from autopar.solver.lagrange import Column, Dual, Priced, maximise, maximise_by_weights
 from autopar.solver.messages import Sweeps
-from autopar.solver.milp import entries_of
+from autopar.solver.narrow import MOST_SWEEPS, STALLED_SHARE, SWEEPS_PER_LOOK, pruned, until
 from autopar.solver.part import Part
 from autopar.solver.presolve import restrict, simplify
 from autopar.solver.primal import cutset, feasible_by_prices, line_layout
@@ -20,17 +19,9 @@ from autopar.solver.problem import NoChoiceError, Problem
 from autopar.solver.relaxation import ExactRelaxation, Pricing, order_of
 from autopar.solver.tables import TooManyEntries
 
-# Sweeps end when the bound gains less than this share of the gap in a few of them.
-STALLED_SHARE = 0.01
-MOST_SWEEPS = 200
-SWEEPS_PER_LOOK = 5
 # The integer program closes what is at most this large; beyond, its relaxation alone takes minutes.
 MILP_ENTRIES = 400_000
 WINDOW_NODES, WINDOW_S = 60, 3.0
-# A program this small is solved in seconds.
-EASY_ENTRIES = 20_000
-# The first guess of the optimum as a share of the gap, the factor between guesses, the time for each.
-FIRST_GUESS, NEXT_GUESS, GUESS_S = 1 / 32, 2.0, 6.0
 # Tables of the part that a cutset leaves free, and after how many cutsets without gain to stop.
 CUTSET_ENTRIES, MOST_FAILURES = 50_000, 6
 # Numbers held in tables (8 bytes each) at which elimination with wide tables gives up, and how wide these
@@ -38,22 +29,25 @@ CUTSET_ENTRIES, MOST_FAILURES = 50_000, 6
 MOST_ENTRIES = 200_000_000
 # Prices are found by exact elimination if there is time for this many.
 FEW_ELIMINATIONS = 8
+# Memory at this price times the cost, over all rows, outweighs costs.
+EARLY_PRICE = 100.0
 WIDENING = 10
 
 
-def eliminate_whole(part: Part, widening: int = 1) -> bool:
+def eliminate_whole(part: Part, widening: int = 1, most_joined: float = math.inf) -> bool:
     """Exact elimination without memory rows, where no table is too wide; whether that solved the problem.
 
     Args:
         part: what to solve.
         widening: how many times larger than usual a table may be.
+        most_joined: entries that may be joined, as if nothing repeated, before it is called too slow.
 
     Raises:
         NoChoiceError: everything is forbidden.
     """
     search, tables = part.search, part.search.tables
     order = order_of(part.problem, search.wide_entries * widening)
-    if order.left:
+    if order.left or order.joined_entries > most_joined:
         return False
 
     search.begin("elimination")
@@ -74,6 +68,22 @@ def eliminate_whole(part: Part, widening: int = 1) -> bool:
     part.offer(strategies)
     # Without memory rows nothing is left in the part, however its incumbent rounds.
     return part.rows is None or search.done()
+
+
+def offer_early(part: Part) -> None:
+    """To return if the caller stops soon: one sweep of messages, and one with dear bytes where that is too large."""
+    search, rows = part.search, part.rows
+    search.begin("first choice")
+    sweeps = Sweeps(part.problem, search.tables)
+    costs = [search.tables.intern(array) for array in part.problem.nodes]
+    bound = sweeps.sweep(costs)
+    part.raise_bound(bound)
+    part.offer(sweeps.decode(costs))
+    if rows is not None and search.strategies is None:
+        dear = EARLY_PRICE * max(abs(bound), 1.0) / max(rows.limit, 1.0) / max(len(rows.times), 1)
+        costs = Pricing(part.problem, search.tables, rows).costs(np.full(len(rows.times), dear))
+        sweeps.sweep(costs)
+        part.offer(sweeps.decode(costs))
 
 
 def bound_and_prune(part: Part) -> Part | None:
@@ -97,71 +107,7 @@ def bound_and_prune(part: Part) -> Part | None:
             if search.done() or bound - before <= STALLED_SHARE * min(gap, abs(bound)):
                 break
             before = bound
-    return _pruned(part, sweeps, costs, part.room(bound))
-
-
-def prune_at_prices(part: Part, priced: Priced, dual: Dual) -> Part | None:
-    """Like ``bound_and_prune``, with memory priced at the best prices known."""
-    part.search.begin("message passing at prices")
-    sweeps, costs, bound = _settle(part, priced, dual)
-    return _pruned(part, sweeps, costs, part.room(bound))
-
-
-def guess_the_gap(part: Part, priced: Priced, dual: Dual, seconds: float) -> None:
-    """Suppose that the optimum is close to the bound: little is left to choose, and an integer program sees to that.
-
-    Whatever the supposition excludes costs more than it, so each program bounds the whole part, and proves optimal
-    what it finds below it. Each supposition is wider than the one before.
-    """
-    search = part.search
-    search.begin("guessing the gap")
-    end = time.perf_counter() + seconds
-    sweeps, costs, bound = _settle(part, priced, dual)
-    room = max(min(part.room(bound), abs(bound)) * FIRST_GUESS, search.target_gap * abs(bound))
-    while not search.done() and room < part.room(bound) and time.perf_counter() < end:
-        smaller = _pruned(part, sweeps, costs, room)
-        if smaller is None:
-            part.raise_bound(bound + room)
-        elif entries_of(smaller.problem) > EASY_ENTRIES:
-            return
-        else:
-            branch_whole(smaller, min(GUESS_S, end - time.perf_counter()), bound + room)
-        room *= NEXT_GUESS
-
-
-def _settle(part: Part, priced: Priced, dual: Dual) -> tuple[Sweeps, list[int], float]:
-    """Message passing at the best prices until it stalls: ``(messages, priced costs, bound in quanta)``."""
-    search = part.search
-    warm = priced.relaxation
-    sweeps = warm if isinstance(warm, Sweeps) else Sweeps(part.problem, search.tables)
-    costs = priced.pricing.costs(dual.prices)
-    paid, bound, before = float(dual.prices.sum()) * priced.rows.limit, -math.inf, -math.inf
-    for _ in range(MOST_SWEEPS // SWEEPS_PER_LOOK):
-        for _ in range(SWEEPS_PER_LOOK):
-            search.poll()
-            bound = sweeps.sweep(costs) - paid
-        part.raise_bound(bound)
-        if bound - before <= STALLED_SHARE * min(search.objective / part.quantum - bound, abs(bound)):
-            break
-        before = bound
-    return sweeps, costs, bound
-
-
-def _pruned(part: Part, sweeps: Sweeps, costs: list[int], room: float) -> Part | None:
-    if math.isinf(room):
-        return part
-    search, problem = part.search, part.problem
-    kept, matrices = sweeps.prune(costs, room)
-    if any(len(labels) == 0 for labels in kept):
-        return None
-    edges = tuple((u, v, search.tables.shared(m)) for (u, v), m in zip(sweeps.ends, matrices, strict=True))
-    search.poll()
-    try:
-        fewer, back = restrict(Problem(problem.nodes, edges, problem.usages, problem.limit), search.tables, kept)
-        reduced, lift = simplify(fewer, search.tables)
-    except NoChoiceError:
-        return None
-    return part.smaller(reduced, lambda strategies: back(lift(strategies)))
+    return pruned(part, sweeps, costs, part.room(bound))
 
 
 def price_memory(part: Part, seconds: float) -> tuple[Priced, Dual]:
@@ -222,48 +168,6 @@ def mix_layers(part: Part, priced: Priced, dual: Dual) -> None:
         feasible_by_prices(priced, dual, line_layout(part.problem), on_column)
 
 
-def branch_on_mixture(part: Part, dual: Dual, seconds: float) -> None:
-    """The integer program over only those strategies that the best mixture of choices uses."""
-    search = part.search
-    search.begin("integer program on the mixture")
-    used = [column for column, share in zip(dual.columns, dual.mixture, strict=False) if share > 0.0]
-    # Weights give no mixture: there the latest choices stand for it.
-    used = used if len(used) > 1 else dual.columns
-    used += [Column(part.best, part.least, np.zeros(0))] if part.best is not None else []
-    kept = [np.unique([column.strategies[node] for column in used]) for node in range(len(part.problem.nodes))]
-    small, lift = restrict(part.problem, search.tables, kept)
-    end = time.perf_counter() + seconds
-    outcome = integer_program(small, search.tables, remaining=_until(end), poll=search.poll)
-    if outcome.strategies is not None:
-        part.offer(lift(outcome.strategies))
-
-
-def branch_whole(part: Part, seconds: float, ceiling: float = math.inf) -> bool:
-    """The integer program on the whole part; whether it proved that nothing better is left.
-
-    Args:
-        part: what to solve.
-        seconds: wall time.
-        ceiling: choices that are not in the part may cost this much, in quanta.
-    """
-    search = part.search
-    search.begin("integer program")
-    # HiGHS overruns its limit a little, and must return before time is up for its incumbent to count.
-    end = time.perf_counter() + min(seconds, 0.95 * search.remaining() - 0.2)
-    outcome = integer_program(
-        part.problem,
-        search.tables,
-        remaining=_until(end),
-        poll=search.poll,
-        cutoff=search.objective / part.quantum,
-        gap=search.target_gap,
-    )
-    part.raise_bound(min(outcome.bound, ceiling))
-    if outcome.strategies is not None:
-        part.offer(outcome.strategies)
-    return math.isinf(outcome.bound)
-
-
 def improve_by_cutsets(part: Part, seconds: float) -> None:
     """Hold a random cutset at the incumbent, eliminate the rest, narrow then, exactly; again and again."""
     search, problem, random = part.search, part.problem, np.random.default_rng(0)
@@ -303,10 +207,6 @@ def improve_windows(part: Part, seconds: float) -> None:
         held = zip(problem.nodes, part.best, free, strict=True)
         kept = [np.arange(len(costs)) if is_free else np.array([chosen]) for costs, chosen, is_free in held]
         small, lift = restrict(problem, search.tables, kept)
-        outcome = integer_program(small, search.tables, remaining=_until(stop), poll=search.poll)
+        outcome = integer_program(small, search.tables, remaining=until(stop), poll=search.poll)
         if outcome.strategies is not None:
             part.offer(lift(outcome.strategies))
-
-
-def _until(end: float) -> Callable[[], float]:
-    return lambda: end - time.perf_counter()

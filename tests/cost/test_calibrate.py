@@ -25,9 +25,7 @@ def synthetic(link: Link, n_devices: int, overhead_s: float = 1e-5) -> list[Samp
     products = [Sample("matmul", "float32", f, overhead_s + f / 1e12) for f in (1e8, 1e9, 1e10)]
     copies = [Sample("copy", "float32", b, overhead_s + b / 1e11) for b in (1e6, 1e7, 1e8)]
     sent = [
-        Sample(kind, "float32", b, cost.collective_s(kind, b, ("x",)))
-        for kind in COLLECTIVES
-        for b in (1e4, 1e6, 1e8)
+        Sample(kind, "float32", b, cost.collective_s(kind, b, ("x",))) for kind in COLLECTIVES for b in (1e4, 1e6, 1e8)
     ]
     return [*products, *copies, *(sent if n_devices > 1 else [])]
 
@@ -97,9 +95,7 @@ def test_a_heavy_equation_is_timed_once_and_remembered_on_disk(tmp_path):
 
 def test_other_shapes_are_timed_apart_and_larger_ones_take_longer(tmp_path):
     cost = measured(tmp_path)
-    small_s, large_s = (
-        cost.compute_s(Work("dot_general", 1.0, 0.0, "float32", product(n))) for n in (8, 512)
-    )
+    small_s, large_s = (cost.compute_s(Work("dot_general", 1.0, 0.0, "float32", product(n))) for n in (8, 512))
     assert small_s < large_s
 
 

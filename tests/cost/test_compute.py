@@ -16,9 +16,7 @@ def f32(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def conv(**settings):
-    return lambda x, w: lax.conv_general_dilated(
-        x, w, **({"window_strides": (1, 1), "padding": "SAME"} | settings)
-    )
+    return lambda x, w: lax.conv_general_dilated(x, w, **({"window_strides": (1, 1), "padding": "SAME"} | settings))
 
 
 # Programs whose unoptimised HLO is one instruction per equation: XLA's count is exactly ours.
@@ -158,9 +156,7 @@ def test_calls_and_loops_count_as_their_bodies(name):
 
 
 def test_elementwise_and_index_primitives_fuse_and_the_others_materialise():
-    fused = (
-        "add mul exp tanh select_n broadcast_in_dim reshape transpose iota convert_element_type slice rev pad"
-    )
+    fused = "add mul exp tanh select_n broadcast_in_dim reshape transpose iota convert_element_type slice rev pad"
     kept = (
         "dot_general conv_general_dilated gather scatter scatter-add sort cumsum reduce_sum argmax "
         "random_bits dynamic_update_slice concatenate optimization_barrier an_unknown_primitive"

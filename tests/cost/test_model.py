@@ -100,8 +100,7 @@ def test_more_bytes_are_never_cheaper(cost, kind, one, other):
 def test_more_devices_on_an_axis_are_never_cheaper(name, kind):
     for nbytes in (1e3, 1e9):
         times_s = [
-            RooflineCost(hardware(name), Mesh((("x", 2**k),))).collective_s(kind, nbytes, ("x",))
-            for k in range(12)
+            RooflineCost(hardware(name), Mesh((("x", 2**k),))).collective_s(kind, nbytes, ("x",)) for k in range(12)
         ]
         assert times_s == sorted(times_s)
 

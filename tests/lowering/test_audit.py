@@ -166,9 +166,7 @@ def test_the_collectives_of_a_program_on_eight_cpu_devices(name, jax_mesh):
     assert found == tuple(Collective(*one) for one in expected)
 
 
-@pytest.mark.parametrize(
-    "axes", [("a",), ("b",), ("c",), ("a", "c"), ("a", "b"), ("b", "c"), ("a", "b", "c")]
-)
+@pytest.mark.parametrize("axes", [("a",), ("b",), ("c",), ("a", "c"), ("a", "b"), ("b", "c"), ("a", "b", "c")])
 def test_every_subset_of_three_axes_is_recognised(axes, jax_mesh):
     program = compiled(lambda x: lax.psum(x, axes), X, jax_mesh(a=2, b=2, c=2))
     found = audit(program, Mesh.parse("a=2,b=2,c=2")).collectives
@@ -411,9 +409,7 @@ def test_a_gather_that_the_tpu_rounds_to_bfloat16_is_explained():
 
 
 def test_reductions_and_gathers_that_the_tpu_runs_as_all_reduces_are_explained_there_and_only_there():
-    predicted = of(
-        ("reduce_scatter", BOTH, 1000.0, 3), ("all_gather", BOTH, 100.0, 5), ("all_reduce", BOTH, 8.0, 2)
-    )
+    predicted = of(("reduce_scatter", BOTH, 1000.0, 3), ("all_gather", BOTH, 100.0, 5), ("all_reduce", BOTH, 8.0, 2))
     compiled_ones = (
         Collective("all_gather", BOTH, 30.0, 1, "bfloat16"),  # 60 bytes, rounded
         Collective("all_reduce", BOTH, 1048.0, 9, "float32"),  # 8, 1000 scattered, 40 gathered
@@ -482,9 +478,7 @@ def test_equal_collectives_do_not_differ_whatever_their_grouping_axis_order_and_
         ),
     ],
 )
-def test_differences_are_explained_only_by_what_the_compiler_is_known_to_do(
-    predicted, compiled_ones, explanations
-):
+def test_differences_are_explained_only_by_what_the_compiler_is_known_to_do(predicted, compiled_ones, explanations):
     found = compare(of(*predicted), built(*compiled_ones), MESH)
     assert len(found) == len(explanations)
     for one, expected in zip(found, explanations, strict=True):
@@ -517,7 +511,5 @@ def test_tpu_programs_have_the_collectives_that_were_written():
     pytest.importorskip("libtpu")
     script = Path(__file__).with_name("tpu_programs.py")
     environment = os.environ | TPU_ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

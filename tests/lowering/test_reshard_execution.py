@@ -68,9 +68,7 @@ def failures(sizes, value, found: list[Case], combine=np.add) -> list[str]:
     groups = defaultdict(list)
     for source, target, steps in found:
         groups[steps, source.local_shape(value.shape, sizes)].append((source, target))
-    stacks = [
-        np.stack([distribute(value, s, sizes, combine) for s, _ in pairs], -1) for pairs in groups.values()
-    ]
+    stacks = [np.stack([distribute(value, s, sizes, combine) for s, _ in pairs], -1) for pairs in groups.values()]
     run = program(sizes, [steps for steps, _ in groups]).lower(stacks)
     results = run.compile({"xla_backend_optimization_level": "0"})(stacks)
     return [
@@ -132,9 +130,7 @@ def test_every_move_moves_the_value(mesh, rank, every):
 def test_partial_values_of_every_monoid_combine(dtype, monoid, combine):
     sizes = MESHES["2x2x2"]
     value = random_value((8,), dtype)
-    pairs = [
-        (s, t) for s, t in itertools.product(specs(1, tuple(sizes)), repeat=2) if t.partial <= s.partial
-    ][::9]
+    pairs = [(s, t) for s, t in itertools.product(specs(1, tuple(sizes)), repeat=2) if t.partial <= s.partial][::9]
     assert failures(sizes, value, cases(sizes, (8,), pairs, value.itemsize, monoid), combine) == []
 
 
@@ -165,9 +161,7 @@ def test_typed_keys_move_as_their_words(impl):
         local = jax.random.wrap_key_data(jnp.asarray(distribute(words, whole[0], sizes)), impl=impl)
         (moved,) = program(sizes, [steps])([local])
         assert moved.dtype == keys.dtype
-        assert is_laid_out(np.asarray(jax.random.key_data(moved)), words, whole[1], sizes), (
-            f"{source} -> {target}"
-        )
+        assert is_laid_out(np.asarray(jax.random.key_data(moved)), words, whole[1], sizes), f"{source} -> {target}"
 
 
 def predicted(steps: tuple[Step, ...], sizes: dict[str, int]) -> Counter:

@@ -47,9 +47,7 @@ def main() -> None:
     sharding = NamedSharding(mesh, PartitionSpec())
     x = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16)
     for program, expected in CASES:
-        mapped = jax.shard_map(
-            program, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
-        )
+        mapped = jax.shard_map(program, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
         step = jax.jit(mapped, in_shardings=sharding, out_shardings=sharding)
         found = audit(step.lower(x).compile(), MESH)
         unexplained = [d for d in compare([Predicted(*expected)], found, MESH) if not d.explanation]

@@ -27,9 +27,7 @@ def test_targets_are_the_inputs_one_byte_later() -> None:
     assert bytes(np.asarray(batch["inputs"][0], np.uint8)) in data.text().tobytes() * 2
 
 
-def test_the_text_is_the_licence_of_python_or_its_reference(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_text_is_the_licence_of_python_or_its_reference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     licence = tmp_path / "lib" / "LICENSE"
     licence.parent.mkdir()
     licence.write_text("Permission is granted")

@@ -51,9 +51,7 @@ LARGE: dict[str, dict[str, Any]] = {
 CASES = [pytest.param(name, id=name) for name in TINY]
 SLOW = {"unet", "vit", "llama"}  # seconds of compilation, for what the others mostly cover
 COMPILED = [  # gpt_nnx has a test of its own
-    pytest.param(name, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
-    for name in TINY
-    if name != "gpt_nnx"
+    pytest.param(name, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name in TINY if name != "gpt_nnx"
 ]
 
 
@@ -100,9 +98,7 @@ def first_loss(name: str, **settings: Any) -> float:
 
 
 def leaf_bytes(tree: Any) -> int:
-    keys_are_small = [
-        leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    ]
+    keys_are_small = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in keys_are_small)
 
 
@@ -143,9 +139,7 @@ def test_shapes_and_arrays_are_the_same_tree(name: str) -> None:
     _, shapes = pure(name, step, shapes)
     _, arrays, batch = made(name)
     assert jax.tree.structure((shapes, batch_shapes)) == jax.tree.structure((arrays, batch))
-    for shape, array in zip(
-        jax.tree.leaves((shapes, batch_shapes)), jax.tree.leaves((arrays, batch)), strict=True
-    ):
+    for shape, array in zip(jax.tree.leaves((shapes, batch_shapes)), jax.tree.leaves((arrays, batch)), strict=True):
         assert (shape.shape, shape.dtype, shape.weak_type) == (
             array.aval.shape,
             array.dtype,
@@ -194,9 +188,7 @@ def test_bf16_computes_the_matmuls_in_bf16(name: str) -> None:
     step, state, batch = make(name, abstract=True, precision="bf16", **TINY[name])
     step, state = pure(name, step, state)
     text = str(jax.make_jaxpr(step)(state, batch))
-    heavy = [
-        line for line in text.splitlines() if " dot_general[" in line or " conv_general_dilated[" in line
-    ]
+    heavy = [line for line in text.splitlines() if " dot_general[" in line or " conv_general_dilated[" in line]
     share = sum(":bf16[" in line for line in heavy) / len(heavy)
     assert share > 0.7  # the router of moe and the attention scores of the rest may stay float32
 

@@ -36,9 +36,7 @@ def block(value: np.ndarray, spec: Spec, device: dict[str, int], sizes: dict[str
     return value
 
 
-def distribute(
-    value: np.ndarray, spec: Spec, sizes: dict[str, int], combine: np.ufunc = np.add
-) -> np.ndarray:
+def distribute(value: np.ndarray, spec: Spec, sizes: dict[str, int], combine: np.ufunc = np.add) -> np.ndarray:
     """Local values, indexed by the mesh axes and then the local shape; partial terms are random."""
     rng, rows = np.random.default_rng(0), [sizes[axis] for axis in sorted(spec.partial)]
     terms = _terms(value, math.prod(rows), combine, rng).reshape(*rows, *value.shape)
@@ -77,6 +75,5 @@ def is_laid_out(
         complete = combine.reduce(complete, axis=axis, keepdims=True, dtype=local.dtype)
     complete = np.broadcast_to(complete, local.shape)
     return all(
-        np.array_equal(complete[tuple(device.values())], block(value, spec, device, sizes))
-        for device in devices(sizes)
+        np.array_equal(complete[tuple(device.values())], block(value, spec, device, sizes)) for device in devices(sizes)
     )

@@ -84,9 +84,7 @@ def drawn_in_parts(key, shape, dtype, mesh):
 
 def test_bits_of_64_equal_the_serial_ones(jax_mesh):
     with jax.enable_x64(True):
-        for strategy, got, expected in drawn_in_parts(
-            jax.random.key(3), (4, 8), jnp.uint64, jax_mesh(x=2, y=2)
-        ):
+        for strategy, got, expected in drawn_in_parts(jax.random.key(3), (4, 8), jnp.uint64, jax_mesh(x=2, y=2)):
             np.testing.assert_array_equal(got, expected, err_msg=str(strategy))
             assert got.dtype == np.uint64
 

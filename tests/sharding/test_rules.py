@@ -107,9 +107,7 @@ def partition(spec: Spec) -> PartitionSpec:
     return PartitionSpec(*sorted(spec.partial), *(dim or None for dim in spec.dims))
 
 
-def in_parallel(
-    equation: Any, rule: ShardingRule, mesh: Mesh, found: tuple[Strategy, ...]
-) -> Callable[..., Any]:
+def in_parallel(equation: Any, rule: ShardingRule, mesh: Mesh, found: tuple[Strategy, ...]) -> Callable[..., Any]:
     """The local programs of all strategies, as one function of the global operands."""
     sizes = dict(zip(mesh.axis_names, mesh.devices.shape, strict=True))
 
@@ -118,8 +116,7 @@ def in_parallel(
 
     def one(strategy: Strategy, blocks: list[Any]) -> list[Any]:
         operands = [
-            block.reshape(block.shape[len(spec.partial) :])
-            for block, spec in zip(blocks, strategy.inputs, strict=True)
+            block.reshape(block.shape[len(spec.partial) :]) for block, spec in zip(blocks, strategy.inputs, strict=True)
         ]
         results = run_local(equation.primitive, equation.params, rule, strategy, sizes, operands)
         return [
@@ -167,9 +164,7 @@ def check(equation: Any, operands: list[Any], mesh: Mesh, pick: Callable[..., An
         value = value if is_key(value) else terms(np.asarray(value), spec, sizes, seed)
         return jax.device_put(value, NamedSharding(mesh, partition(spec)))
 
-    inputs = [
-        [place(x, s, i) for i, (x, s) in enumerate(zip(operands, f.inputs, strict=True))] for f in found
-    ]
+    inputs = [[place(x, s, i) for i, (x, s) in enumerate(zip(operands, f.inputs, strict=True))] for f in found]
     split = compiled(in_parallel(equation, rule, mesh, found))(inputs)
     whole = compiled(lambda xs: equation.primitive.bind(*xs, **equation.params))(operands)
     whole = whole if equation.primitive.multiple_results else [whole]
@@ -194,9 +189,7 @@ def check_case(case: str, sizes: dict[str, int], pick: Callable[..., Any]) -> No
     family = case.partition("/")[0]
     args = tuple(draw(spec, seed) for seed, spec in enumerate(specs))
     mesh = mesh_of(tuple(sizes.items()))
-    checked = [
-        check(equation, operands, mesh, pick) for equation, operands in equations_of(function, args, family)
-    ]
+    checked = [check(equation, operands, mesh, pick) for equation, operands in equations_of(function, args, family)]
     assert checked, f"{case}: the traced function has no equation of this family"
 
 

@@ -156,6 +156,56 @@ def test_interrupt_returns_the_incumbent_if_there_is_one():
     assert math.isfinite(choice.objective) and not choice.proven
 
 
+def wide_step(limited: bool) -> Problem:
+    """A problem whose tables are too wide to be eliminated: only messages find its first choice."""
+    random = np.random.default_rng(5)
+    nodes = tuple(random.uniform(size=8) for _ in range(40))
+    edges = tuple((u, v, random.uniform(size=(8, 8))) for u in range(40) for v in range(u) if random.random() < 0.4)
+    usages = tuple(Usage(node, 0, 1, np.arange(8.0)) for node in range(40))
+    return Problem(nodes, edges, usages, 60.0 if limited else None)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_there_is_an_incumbent_before_the_first_long_stage(limited):
+    def interrupt(progress):
+        if progress.stage in ("message passing", "prices"):
+            raise KeyboardInterrupt
+
+    problem = wide_step(limited)
+    choice = solve(problem, on_progress=interrupt)
+    assert problem.feasible(choice.strategies) and not choice.proven and math.isfinite(choice.lower_bound)
+
+
+def test_a_part_solved_exactly_ends_the_search_whatever_rounding_leaves_of_the_gap():
+    # The dear strategies make quanta so coarse that the incumbent's cost differs from its bound.
+    random = np.random.default_rng(0)
+    nodes = tuple(np.array([*random.uniform(1.0, 2.0, 3), 1e9]) for _ in range(4))
+    edges = tuple((u, v, random.uniform(1.0, 2.0, (4, 4))) for u in range(4) for v in range(u))
+    problem = Problem(nodes, edges)
+    search = Search(problem, 60.0, 0.0)
+    search.wide_entries = 1
+    run(search)
+    assert search.stage == "elimination"
+    choice = search.choice()
+    optimum, _ = brute_force(problem)
+    assert choice.objective == pytest.approx(optimum, abs=search.rounding * 2)
+    assert choice.gap <= search.rounding * 2 / optimum
+
+
+def test_what_rounding_to_quanta_leaves_of_the_gap_is_proven_and_no_more():
+    problem = Problem((np.array([1.0, 2.0]),))
+    search = Search(problem, 60.0, 0.0)
+    search.offer((0,))
+    search.rounding = 1.0
+    search.raise_bound(1.0 - 5e-9)
+    assert search.choice().proven
+    search.bound = 1.0 - 5e-8
+    assert not search.choice().proven
+    search.rounding = 2e-9
+    search.bound = 1.0 - 5e-9
+    assert not search.choice().proven
+
+
 def test_interrupt_without_an_incumbent_goes_to_the_caller():
     def interrupt(progress):
         raise KeyboardInterrupt

@@ -26,10 +26,7 @@ CASES = {
     **{name: (getattr(lax, name), f32(8)) for name in UNARY.split()},
     **{name: (getattr(lax, name), f32(8), f32(8)) for name in BINARY.split()},
     **{name: (getattr(lax, name), of(jnp.int32, 8), of(jnp.int32, 8)) for name in BITS.split()},
-    **{
-        name: (getattr(lax, f"bitwise_{name}"), of(jnp.int32, 8), of(jnp.int32, 8))
-        for name in ("and", "or", "xor")
-    },
+    **{name: (getattr(lax, f"bitwise_{name}"), of(jnp.int32, 8), of(jnp.int32, 8)) for name in ("and", "or", "xor")},
     "add: a scalar": (lambda x: x + 1, f32(4, 8)),
     "add: implicit broadcasts": (lax.add_p.bind, f32(4, 1), f32(1, 8)),
     "add_any": (jax.grad(lambda x: (x * x).sum()), f32(8)),

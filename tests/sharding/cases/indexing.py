@@ -202,9 +202,7 @@ SCATTERS = {
         f32(4, 3, 8),
     ),
     "scatter-add: two indexed dimensions, clipped": (
-        lambda x, i, u: lax.scatter_add(
-            x, i, u, lax.ScatterDimensionNumbers((0,), (0, 2), (2, 0)), mode=CLIP
-        ),
+        lambda x, i, u: lax.scatter_add(x, i, u, lax.ScatterDimensionNumbers((0,), (0, 2), (2, 0)), mode=CLIP),
         f32(8, 4, 16),
         index(12, 8, 2, beyond=2),
         f32(4, 8),
