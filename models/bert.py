@@ -57,9 +57,7 @@ def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, dict[s
     total = jnp.maximum(weights.sum(), 1.0)
 
     def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
-        logits = state.apply_fn(
-            {"params": params}, batch["inputs"], train=True, rngs={"dropout": state.step_key()}
-        )
+        logits = state.apply_fn({"params": params}, batch["inputs"], train=True, rngs={"dropout": state.step_key()})
         return (token_loss(logits, batch["targets"]) * weights).sum() / total, logits
 
     (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

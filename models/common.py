@@ -129,9 +129,7 @@ def _adafactor(rate: optax.Schedule, decay: float) -> optax.GradientTransformati
 
 
 def _sgd(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.add_decayed_weights(decay * 1e-3, _matrices), optax.sgd(rate, momentum=0.9, nesterov=True)
-    )
+    return optax.chain(optax.add_decayed_weights(decay * 1e-3, _matrices), optax.sgd(rate, momentum=0.9, nesterov=True))
 
 
 OPTIMIZERS: Mapping[str, tuple[float, Callable[[optax.Schedule, float], optax.GradientTransformation]]] = {
@@ -186,9 +184,7 @@ def _apply(module_type: type[nn.Module], config: Settings) -> Callable[..., Any]
     return module_type(config).apply  # type: ignore[call-arg]
 
 
-def init_state(
-    module_type: type[nn.Module], config: Settings, key: jax.Array, *inputs: jax.Array
-) -> TrainState:
+def init_state(module_type: type[nn.Module], config: Settings, key: jax.Array, *inputs: jax.Array) -> TrainState:
     """The train state of `module_type(config)`, called on `inputs`; pure in `key`."""
     params_key, dropout_key = jax.random.split(key)
     model = module_type(config)  # type: ignore[call-arg]
@@ -200,9 +196,7 @@ def init_state(
         dropout_key=dropout_key,
         batch_stats=variables.get("batch_stats"),
     )
-    return state.replace(
-        step=jnp.zeros((), jnp.int32)
-    )  # Flax starts from a Python int, which is not an array
+    return state.replace(step=jnp.zeros((), jnp.int32))  # Flax starts from a Python int, which is not an array
 
 
 def make_state_and_batch(

@@ -79,9 +79,7 @@ def digit_batch(key: jax.Array, batch: int, image: int = DIGIT_PIXELS) -> Batch:
     `images` is float32 (batch, image, image, 1), `labels` int32 (batch,).
     """
     if image < DIGIT_PIXELS or image % DIGIT_PIXELS:
-        raise ValueError(
-            f"image={image} is not a multiple of {DIGIT_PIXELS} pixels; to fix: set image=16 or 32"
-        )
+        raise ValueError(f"image={image} is not a multiple of {DIGIT_PIXELS} pixels; to fix: set image=16 or 32")
     images, labels = digits()
     rows = jax.random.randint(key, (batch,), 0, len(labels))
     picked = jnp.asarray(images)[rows]

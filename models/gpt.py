@@ -59,9 +59,7 @@ def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, dict[s
     """One update of next-token prediction."""
 
     def loss_fn(params: Any) -> jax.Array:
-        logits = state.apply_fn(
-            {"params": params}, batch["inputs"], train=True, rngs={"dropout": state.step_key()}
-        )
+        logits = state.apply_fn({"params": params}, batch["inputs"], train=True, rngs={"dropout": state.step_key()})
         return token_loss(logits, batch["targets"]).mean()
 
     loss, grads = jax.value_and_grad(loss_fn)(state.params)

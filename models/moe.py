@@ -72,9 +72,7 @@ class Experts(nn.Module):
         dispatch = (combine > 0).astype(cfg.dtype)
         initializer = nn.initializers.lecun_normal(batch_axis=0)
         up = self.param("up", initializer, (cfg.experts, cfg.width, MLP_RATIO * cfg.width)).astype(cfg.dtype)
-        down = self.param("down", initializer, (cfg.experts, MLP_RATIO * cfg.width, cfg.width)).astype(
-            cfg.dtype
-        )
+        down = self.param("down", initializer, (cfg.experts, MLP_RATIO * cfg.width, cfg.width)).astype(cfg.dtype)
         inputs = jnp.einsum("gsec,gsd->egcd", dispatch, tokens)
         hidden = nn.gelu(jnp.einsum("egcd,edf->egcf", inputs, up))
         outputs = jnp.einsum("egcf,efd->egcd", hidden, down)

@@ -74,9 +74,7 @@ def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, dict[s
     """One update of digit classification."""
 
     def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
-        logits = state.apply_fn(
-            {"params": params}, batch["images"], train=True, rngs={"dropout": state.step_key()}
-        )
+        logits = state.apply_fn({"params": params}, batch["images"], train=True, rngs={"dropout": state.step_key()})
         return token_loss(logits, batch["labels"]).mean(), logits
 
     (loss, logits), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

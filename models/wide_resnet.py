@@ -86,9 +86,7 @@ def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, dict[s
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         rngs = {"dropout": state.step_key()}
-        logits, updates = state.apply_fn(
-            variables, batch["images"], train=True, rngs=rngs, mutable=["batch_stats"]
-        )
+        logits, updates = state.apply_fn(variables, batch["images"], train=True, rngs=rngs, mutable=["batch_stats"])
         return token_loss(logits, batch["labels"]).mean(), (logits, updates["batch_stats"])
 
     (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)

@@ -95,7 +95,7 @@ def guess_the_gap(part: Part, settled: Settled, seconds: float) -> None:
     search, bound = part.search, settled.bound
     search.begin("guessing the gap")
     end = time.perf_counter() + seconds
-    room = max(min(part.room(bound), abs(bound)) * FIRST_GUESS, search.target_gap * abs(bound))
+    room = max(min(part.room(bound), abs(bound)) * FIRST_GUESS, search.target_gap * abs(bound), 1.0)
     while not search.done() and room < part.room(bound) and time.perf_counter() < end:
         smaller = pruned(part, settled.sweeps, settled.costs, room)
         if smaller is None:
@@ -126,7 +126,7 @@ def _branch_within(part: Part, choices: list[list[int]], more: list[np.ndarray],
     choices = [*choices, part.best] if part.best is not None else choices
     some = np.array(choices, np.int64).reshape(len(choices), len(more)).T
     kept = [np.unique(np.concatenate(pair)) for pair in zip(some, more, strict=True)]
-    tables, poll, gap = part.search.tables, part.search.poll, part.search.target_gap / 2
+    tables, poll, gap = part.search.tables, part.search.poll, part.search.target_gap / 4
     small, back = restrict(part.problem, tables, kept)
     try:
         reduced, lift = simplify(small, tables)

@@ -67,6 +67,22 @@ def test_where_tables_would_be_too_wide_the_other_stages_find_the_optimum(limite
     assert within(problem, choice.strategies)
 
 
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), gap=st.sampled_from([1e-3, 0.02, 0.2]))
+def test_a_search_that_may_stop_at_a_gap_keeps_its_certificate(problem, gap):
+    optimum, found = brute_force(problem)
+    search = Search(problem, 60.0, gap)
+    search.wide_entries = 1
+    try:
+        run(search)
+    except NoChoiceError:
+        assert found is None
+        return
+    choice = search.choice()
+    assert within(problem, choice.strategies) and choice.gap <= max(gap, 1e-8)
+    assert choice.lower_bound <= optimum + 1e-8 * abs(optimum)
+
+
 def _grid(first: int, rows: int) -> np.ndarray:
     return np.array([[1000.0 * (first + i) + 100 * j for j in range(4)] for i in range(rows)])
 
