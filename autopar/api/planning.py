@@ -67,7 +67,13 @@ class Options:
             return (self.cost.mesh,)
         if self.mesh is not None:
             return (Mesh.parse(self.mesh) if isinstance(self.mesh, str) else self.mesh,)
-        return mesh_candidates(self.devices or jax.device_count(), AXES)
+        n_devices = self.devices or jax.device_count()
+        found = mesh_candidates(n_devices, AXES)[::-1]
+        alike = n_devices <= hardware(self.hardware or detect_hardware()).domain_devices
+        if self.preset or self.pins or not alike:
+            return found
+        # Where all links are alike, names mean nothing to an unrestricted plan: 4 x 2 and 2 x 4 are one mesh.
+        return tuple({tuple(sorted(mesh.shape)): mesh for mesh in found[::-1]}.values())
 
     def cost_model(self, mesh: Mesh) -> CostModel:
         """The prices on one mesh."""
