@@ -285,12 +285,12 @@ def _groups(instruction: Instruction) -> Groups:
 
 _GROUPS = re.compile(
     r"\b(?:replica_groups|source_target_pairs)="
-    r"(\{(?:\{[\d,]*\},?)*\}|\[[\d,]*\]<=\[[\d,]*\](?:T\([\d,]*\))?)"
+    r"(\{(?:\{[\d,]*\},?)*\}|\[[\d,]*\]<=\[[\d,]*\](?:T\([\d,]*\))?|mesh\[[^\]]*\]\s*\{[^}]*\})"
 )
 
 
 def groups_of(text: str) -> Groups:
-    """Device groups in either notation of XLA.
+    """Device groups in any notation of XLA; JAX 0.12 names the axes of the mesh.
 
     >>> groups_of("{{0,1},{2,3}}")
     ((0, 1), (2, 3))
@@ -298,7 +298,11 @@ def groups_of(text: str) -> Groups:
     ((0, 1), (2, 3))
     >>> groups_of("[2,2]<=[2,2]T(1,0)")
     ((0, 2), (1, 3))
+    >>> groups_of("mesh['a'=2,'b'=2] {'a'}")
+    ((0, 2), (1, 3))
     """
+    if text.startswith("mesh"):
+        return _axis_groups(text)
     if text.startswith("{"):
         return tuple(
             tuple(int(member) for member in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", text[1:-1])
@@ -310,6 +314,18 @@ def groups_of(text: str) -> Groups:
     members = _iota(_ints(dims), _ints(order) if order else None)
     n_groups, size = _ints(shape)[0], math.prod(_ints(shape)[1:])
     return tuple(tuple(members[at * size : (at + 1) * size]) for at in range(n_groups))
+
+
+def _axis_groups(text: str) -> Groups:
+    """Groups over the named axes of a mesh whose devices are numbered row-major."""
+    grid, _, named = text.partition("]")
+    sizes = [(name, int(size)) for name, size in re.findall(r"'([^']*)'=(\d+)", grid)]
+    spanned = set(re.findall(r"'([^']*)'", named))
+    across = [i for i, (name, _) in enumerate(sizes) if name not in spanned]
+    along = [i for i, (name, _) in enumerate(sizes) if name in spanned]
+    dims = [size for _, size in sizes]
+    members, size = _iota(dims, [*across, *along]), math.prod(dims[i] for i in along)
+    return tuple(tuple(members[at : at + size]) for at in range(0, len(members), size))
 
 
 def _ints(text: str) -> list[int]:
