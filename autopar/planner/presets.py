@@ -115,21 +115,23 @@ def dp(graph: Graph, space: Space) -> Masks:
     return draft.masks
 
 
-def zero1(graph: Graph, space: Space) -> Masks:
-    """Sharded optimizer state and update (Xu et al. 2020; ZeRO stage 1, Rajbhandari et al. 2020)."""
+def _sharded_update(graph: Graph, space: Space) -> _Draft:
+    """The batch on every axis, parameters whole, the optimizer's state in as many pieces as there are devices."""
     draft = _Draft(graph, space)
     draft.batch_on(draft.touching, space.mesh.names)
     draft.whole(draft.state(_parameter), space.mesh.names)
     draft.split(draft.state(_moment), space.mesh.names)
-    return draft.masks
+    return draft
+
+
+def zero1(graph: Graph, space: Space) -> Masks:
+    """Sharded optimizer state and update (Xu et al. 2020; ZeRO stage 1, Rajbhandari et al. 2020)."""
+    return _sharded_update(graph, space).masks
 
 
 def zero2(graph: Graph, space: Space) -> Masks:
     """ZeRO stage 2: as stage 1, and gradients exist only as shards once they are reduced."""
-    draft = _Draft(graph, space)
-    draft.batch_on(draft.touching, space.mesh.names)
-    draft.whole(draft.state(_parameter), space.mesh.names)
-    draft.split(draft.state(_moment), space.mesh.names)
+    draft = _sharded_update(graph, space)
     shapes = {unit.shape for unit in draft.state(_parameter)}
     updates = [unit for unit in draft.apart if unit.kind == "cluster" and unit.shape in shapes]
     draft.split(updates, space.mesh.names)

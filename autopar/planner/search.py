@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -117,8 +117,6 @@ def search(prepared: Prepared, limits: Limits, masks: Masks | None = None) -> tu
 
 def plan_with_times(plan: Plan, build_s: float, solve_s: float) -> Plan:
     """The plan with the seconds that building and solving took."""
-    from dataclasses import replace
-
     return replace(plan, solution=replace(plan.solution, build_s=build_s, solve_s=solve_s))
 
 
