@@ -58,6 +58,10 @@ class InfeasibleError(AutoparError, ValueError):
     """No plan fits: names the least memory that one needs and the values that make it."""
 
 
+class MicrobatchError(AutoparError, ValueError):
+    """A step that cannot be split over time as asked."""
+
+
 class ProblemError(AutoparError, ValueError):
     """A solver problem that is not well formed."""
 

@@ -72,6 +72,14 @@ class LocalShard:
         """The same for dimension ``dim`` of an operand."""
         return self._start(self.rule.operands[operand][dim])
 
+    def positions(self, dim: int, result: int = 0) -> Any:
+        """Where each element of dimension ``dim`` of a result stands in the whole (traced int32 vector)."""
+        return lax.iota(jax.numpy.int32, self.result_shapes[result][dim]) + self.offset(dim, result)
+
+    def locate(self, operand: int, dim: int, position: Any) -> Any:
+        """Where a position of the whole stands in this device's block of an operand; outside it if elsewhere."""
+        return position - self.operand_offset(operand, dim)
+
     def _start(self, factors: tuple[str, ...]) -> Any:
         start, stride = jax.numpy.int32(0), 1
         for factor in reversed(factors):  # minor first: the stride of a factor is the product of those below it

@@ -47,6 +47,17 @@ class Shard(Protocol):
         """The same for dimension ``dim`` of an operand."""
         ...
 
+    def positions(self, dim: int, result: int = 0) -> Any:
+        """Where in the global value each element of dimension ``dim`` of a result stands (traced int32 vector)."""
+        ...
+
+    def locate(self, operand: int, dim: int, position: Any) -> Any:
+        """Where position ``position`` of the global dimension ``dim`` of an operand stands in this device's block.
+
+        Outside ``[0, local size)`` where another device has it.
+        """
+        ...
+
 
 LocalFunction = Callable[..., Sequence[Any]]
 

@@ -91,7 +91,7 @@ class Search:
         """Whether what is left of the gap is rounding."""
         scale = max(abs(self.objective), abs(self.bound))
         rounding = min(self.rounding / scale, MOST_ROUNDING_GAP) if 0.0 < scale < math.inf else 0.0
-        return self.gap() <= max(PROVEN_GAP, rounding)
+        return bool(self.gap() <= max(PROVEN_GAP, rounding))  # not NumPy's, which JSON refuses
 
     def finish(self) -> Choice:
         """Report for the last time and return the choice."""

@@ -150,7 +150,7 @@ def local_gather(
     columns = _positions(indices, limits, mode)
     for column in split:
         dim, position = numbers.start_index_map[column], columns[column]
-        local = position - shard.operand_offset(0, dim)
+        local = shard.locate(0, dim, position)
         mine = (local >= 0) & (local < operand.shape[dim])
         found &= mine | (position < 0) & (shard.index(split[column]) == 0)
         columns[column] = jnp.where(mine, local, jnp.minimum(position, 0))
@@ -273,7 +273,7 @@ def _local_scatter(
     columns = _positions(indices, _limits(shard, windows, numbers.start_index_map), mode)
     for column in split:
         # unique positions stay unique, and those that fall outside this block are dropped
-        columns[column] -= shard.operand_offset(0, numbers.start_index_map[column])
+        columns[column] = shard.locate(0, numbers.start_index_map[column], columns[column])
     params |= {"mode": FILL_OR_DROP, "indices_are_sorted": False}
     return [bind(operand, jnp.stack(columns, axis=-1), updates, **params)]
 

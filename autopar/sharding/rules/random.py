@@ -125,9 +125,9 @@ def counts(shard: Shard, shape: Shape, n_key_dims: int) -> Words:
     local = shard.result_shapes[0][n_key_dims : n_key_dims + len(shape)]
     wide = math.prod(shape) > WORD
     total: Words = (jnp.zeros(local, jnp.uint32), jnp.zeros(local, jnp.uint32))
-    for dim, size in enumerate(local):
+    for dim in range(len(local)):
         stride = math.prod(shape[dim + 1 :])
-        index = lax.iota(jnp.uint32, size) + shard.offset(n_key_dims + dim).astype(jnp.uint32)
+        index = shard.positions(n_key_dims + dim).astype(jnp.uint32)
         words = multiply(index, stride) if wide else (jnp.zeros_like(index), index * np.uint32(stride))
         high, low = (lax.broadcast_in_dim(word, local, (dim,)) for word in words)
         total = add(total, (high, low)) if wide else (total[0], total[1] + low)
@@ -136,14 +136,15 @@ def counts(shard: Shard, shape: Shape, n_key_dims: int) -> Words:
 
 def hashed(shard: Shard, keys: Any, shape: Shape) -> Words:
     """The two words that threefry makes of each key and each position of this shard."""
-    words = jax.random.key_data(keys)
     high, low = counts(shard, shape, keys.ndim)
-    local = (*keys.shape, *high.shape)
-    of_keys, of_counts = tuple(range(keys.ndim)), tuple(range(keys.ndim, len(local)))
-    operands = [lax.broadcast_in_dim(words[..., i], local, of_keys) for i in range(2)]
-    operands += [lax.broadcast_in_dim(word, local, of_counts) for word in (high, low)]
-    first, second = threefry2x32_p.bind(*operands)
-    return first, second
+
+    def drawn(words: jax.Array) -> Words:
+        first, second = threefry2x32_p.bind(words[0], words[1], high, low)  # scalar keys: the hash's loop carries them
+        return first, second
+
+    for _ in range(keys.ndim):
+        drawn = jax.vmap(drawn)
+    return drawn(jax.random.key_data(keys))
 
 
 class RandomShard(Shard, Protocol):

@@ -50,9 +50,9 @@ def iota(*, shape: Shape, **_: Any) -> ShardingRule:
 
 @local_rule("iota")
 def local_iota(shard: Shard, *, dtype: Any, dimension: int, **_: Any) -> list[Any]:
-    """Counts from this shard's offset; in integers, so that narrow floats round as in the whole iota."""
-    counts = lax.broadcasted_iota(jnp.int32, shard.result_shapes[0], dimension)
-    return [lax.convert_element_type(counts + shard.offset(dimension), dtype)]
+    """This shard's positions; in integers, so that narrow floats round as in the whole iota."""
+    counts = lax.broadcast_in_dim(shard.positions(dimension), shard.result_shapes[0], (dimension,))
+    return [lax.convert_element_type(counts, dtype)]
 
 
 # --- reshape ------------------------------------------------------------------------------------------------
