@@ -125,12 +125,20 @@ class Link:
     Attributes:
         bandwidth_Bps: bytes per second that it receives while sending as many.
         alpha_s: seconds that one step of a collective takes however little it moves.
-        all_to_all_efficiency: the share of the bandwidth that an all_to_all, in its many pieces, reaches.
+        kinds: collectives that take other times than these two figures say: (kind, factor of the latency, factor of
+            the time per byte). Devices that share memory, for one, reduce in one meeting, not in two.
     """
 
     bandwidth_Bps: float
     alpha_s: float
-    all_to_all_efficiency: float = 1.0
+    kinds: tuple[tuple[str, float, float], ...] = ()
+
+    def of(self, kind: str) -> "Link":
+        """The figures that hold for one kind of collective."""
+        for name, latency, transfer in self.kinds:
+            if name == kind:
+                return Link(self.bandwidth_Bps / transfer if transfer else math.inf, self.alpha_s * latency)
+        return self
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Measures the devices at hand and fits the figures of a hardware profile to them by least squares."""
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +69,7 @@ def write_calibration(path: str | Path, cluster: Cluster, samples: Sequence[Samp
     """Writes the profile that ``hardware(path)`` reads."""
     source = f"measured: {len(samples)} timings with JAX {jax.__version__}"
     fields = ("peak_flops", "flops_efficiency", "memory_bytes", "memory_Bps", "memory_efficiency")
-    figures = ("bandwidth_Bps", "alpha_s", "all_to_all_efficiency")
+    figures = ("bandwidth_Bps", "alpha_s", "kinds")
     links = (f"{link}.{figure}" for link in ("link", "network") for figure in figures)
     places = ("domain_devices", "devices_per_host")
     write_profile(path, cluster, dict.fromkeys((*fields, *places, *links), source))
@@ -123,7 +122,7 @@ def fit(samples: Sequence[Sample], device: Any, n_devices: int) -> Cluster:
 
     A matrix product and a copy take a constant plus a time proportional to their flops or bytes; the best
     rate seen is the peak, and the fitted slope's share of it the efficiency. A collective takes what
-    ``RooflineCost`` says, which is linear in alpha and 1/bandwidth; an all_to_all has a bandwidth of its own.
+    ``RooflineCost`` says, which is linear in alpha and 1/bandwidth; each kind has its own factors of the two.
     """
     groups: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
@@ -163,14 +162,20 @@ def _link(samples: Sequence[Sample], n_devices: int) -> Link | None:
         return None
     steps, passes = (_unit_cost(link, n_devices) for link in (Link(float("inf"), 1.0), Link(1.0, 0.0)))
 
-    def fitted(exchanges: bool) -> Link:
-        chosen = [s for s in samples if (s.kind == "all_to_all") == exchanges]
+    def fitted(kinds: Sequence[str]) -> tuple[float, float]:
+        chosen = [s for s in samples if s.kind in kinds]
         rows = [tuple(unit.collective_s(s.kind, s.amount, (timing.AXIS,)) for unit in (steps, passes)) for s in chosen]
-        alpha_s, s_per_byte = _least_squares(rows, [s.seconds for s in chosen])
-        return Link(bandwidth_Bps=1 / s_per_byte if s_per_byte else float("inf"), alpha_s=alpha_s)
+        return _least_squares(rows, [s.seconds for s in chosen])
 
-    link, exchange = fitted(exchanges=False), fitted(exchanges=True)
-    return dataclasses.replace(link, all_to_all_efficiency=exchange.bandwidth_Bps / link.bandwidth_Bps)
+    alpha_s, s_per_byte = fitted(COLLECTIVES)
+    apart = {kind: fitted((kind,)) for kind in COLLECTIVES}
+    kinds = ((kind, _ratio(alpha, alpha_s), _ratio(beta, s_per_byte)) for kind, (alpha, beta) in apart.items())
+    return Link(1 / s_per_byte if s_per_byte else float("inf"), alpha_s, tuple(kinds))
+
+
+def _ratio(one: float, other: float) -> float:
+    """How much larger one figure is; 1 where there is nothing to compare with."""
+    return one / other if other else 1.0
 
 
 def _unit_cost(link: Link, n_devices: int) -> RooflineCost:

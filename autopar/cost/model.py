@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -104,8 +104,7 @@ class Level:
         """
         share = (self.size - 1) / self.size
         passes = max(share, self.size / 4) if self.ring else share
-        reached_Bps = self.link.bandwidth_Bps * self.link.all_to_all_efficiency
-        return self.alpha_s + nbytes * passes / reached_Bps
+        return self.alpha_s + nbytes * passes / self.link.bandwidth_Bps
 
     def permute_s(self, nbytes: float) -> float:
         """Each device sends ``nbytes`` to one other."""
@@ -168,7 +167,7 @@ class RooflineCost:
 
     def _levelled_s(self, kind: str, nbytes: float, axes: tuple[str, ...]) -> float:
         spanned = sorted(axes, key=self.mesh.names.index, reverse=True)
-        levels = [level for name in spanned for level in self._levels[name]]
+        levels = [replace(level, link=level.link.of(kind)) for name in spanned for level in self._levels[name]]
         if kind in ("all_gather", "reduce_scatter"):
             return _hierarchical_s(levels, nbytes)
         if kind == "all_reduce":

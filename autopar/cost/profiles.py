@@ -43,7 +43,14 @@ def write_profile(path: str | Path, cluster: Cluster, sources: dict[str, str]) -
     """Writes ``cluster`` as JSON, with a sentence on where each figure comes from, by field."""
     data = dataclasses.asdict(cluster)
     data["device"]["peak_flops"] = dict(cluster.device.peak_flops)
+    for link in (data["link"], data["network"]):
+        link["kinds"] = {kind: {"latency": latency, "transfer": rest} for kind, latency, rest in link["kinds"]}
     Path(path).write_text(json.dumps(data | {"sources": sources}, indent=2) + "\n", encoding="utf-8")
+
+
+def _link(kinds: dict[str, dict[str, float]] | None = None, **figures: float) -> Link:
+    factors = ((kind, float(f["latency"]), float(f["transfer"])) for kind, f in (kinds or {}).items())
+    return Link(**figures, kinds=tuple(factors))
 
 
 def _cluster(text: str, where: str) -> Cluster:
@@ -56,8 +63,8 @@ def _cluster(text: str, where: str) -> Cluster:
             raise ValueError("peak_flops needs float32")
         return Cluster(
             device=Device(peak_flops=peak_flops, **device),
-            link=Link(**data.pop("link")),
-            network=Link(**data.pop("network")),
+            link=_link(**data.pop("link")),
+            network=_link(**data.pop("network")),
             **data,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -31,12 +31,14 @@ def synthetic(link: Link, n_devices: int, overhead_s: float = 1e-5) -> list[Samp
 
 
 @pytest.mark.parametrize("n_devices", [2, 8, 12])
-@pytest.mark.parametrize("link", [Link(1e9, 1e-5), Link(5e10, 1e-6, 0.25), Link(1e9, 0.0)])
+@pytest.mark.parametrize(
+    "link", [Link(1e9, 1e-5), Link(5e10, 1e-6, (("all_to_all", 1.0, 4.0), ("all_reduce", 0.5, 1.3))), Link(1e9, 0.0)]
+)
 def test_the_fit_recovers_alpha_beta_and_rates(link, n_devices):
     found = fit(synthetic(link, n_devices), FAKE, n_devices)
-    assert found.link.bandwidth_Bps == pytest.approx(link.bandwidth_Bps, rel=1e-6)
-    assert found.link.all_to_all_efficiency == pytest.approx(link.all_to_all_efficiency)
-    assert found.link.alpha_s == pytest.approx(link.alpha_s, abs=1e-12)
+    for kind in COLLECTIVES:
+        assert found.link.of(kind).bandwidth_Bps == pytest.approx(link.of(kind).bandwidth_Bps, rel=1e-6)
+        assert found.link.of(kind).alpha_s == pytest.approx(link.of(kind).alpha_s, abs=1e-12)
     device = found.device
     assert device.peak("float32") * device.flops_efficiency == pytest.approx(1e12, rel=1e-3)
     assert device.memory_Bps * device.memory_efficiency == pytest.approx(1e11, rel=1e-2)
