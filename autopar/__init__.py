@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from autopar.api import compile, parallelize
     from autopar.cluster import Mesh
     from autopar.errors import AutoparError
+    from autopar.lowering.morph import morph
     from autopar.sharding.factors import ShardingRule
     from autopar.sharding.registry import local_rule, sharding_rule
     from autopar.spec import Spec
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "compile": "autopar.api",
+    "morph": "autopar.lowering.morph",
     "parallelize": "autopar.api",
     "Mesh": "autopar.cluster",
     "AutoparError": "autopar.errors",
@@ -37,6 +39,7 @@ __all__ = [
     "Spec",
     "compile",
     "local_rule",
+    "morph",
     "parallelize",
     "plan",
     "sharding_rule",
