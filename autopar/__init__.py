@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from autopar.plan import Plan
 
 if TYPE_CHECKING:
-    from autopar.api import compile, parallelize
+    from autopar.api import compile, explain, parallelize
+    from autopar.api.pipelining import pipeline
     from autopar.cluster import Mesh
     from autopar.errors import AutoparError
     from autopar.lowering.morph import morph
+    from autopar.planner.diff import diff
     from autopar.sharding.factors import ShardingRule
     from autopar.sharding.registry import local_rule, sharding_rule
     from autopar.spec import Spec
@@ -21,8 +23,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "compile": "autopar.api",
+    "diff": "autopar.planner.diff",
+    "explain": "autopar.api",
     "morph": "autopar.lowering.morph",
     "parallelize": "autopar.api",
+    "pipeline": "autopar.api.pipelining",
     "Mesh": "autopar.cluster",
     "AutoparError": "autopar.errors",
     "ShardingRule": "autopar.sharding.factors",
@@ -38,9 +43,12 @@ __all__ = [
     "ShardingRule",
     "Spec",
     "compile",
+    "diff",
+    "explain",
     "local_rule",
     "morph",
     "parallelize",
+    "pipeline",
     "plan",
     "sharding_rule",
 ]

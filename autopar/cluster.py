@@ -91,7 +91,8 @@ class Device:
         memory_bytes: the memory a program may use.
         memory_Bps: the bandwidth of that memory in bytes per second.
         memory_efficiency: the share of it that a streaming kernel reaches, in (0, 1].
-        on_chip_bytes: memory on the chip that the compiler fills with temporaries before it uses the other (TPU VMEM).
+        on_chip_bytes: what the compiler uses of the memory on the chip (TPU VMEM) for temporaries.
+        overlaps: whether it computes while it sends and receives.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Device:
     memory_Bps: float
     memory_efficiency: float
     on_chip_bytes: float = 0.0
+    overlaps: bool = False
 
     @property
     def rounds_products(self) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jax._src import source_info_util
+from jax._src.lax.control_flow.loops import scan_p
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.extend.random import threefry2x32_p
@@ -49,6 +50,26 @@ def shape_struct(leaf: Any) -> jax.ShapeDtypeStruct:
         return leaf
     aval = jax.typeof(leaf)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def scan_primitive() -> Primitive:
+    """The primitive of ``jax.lax.scan``."""
+    return scan_p
+
+
+def reshaped(aval: Any, shape: Sequence[int]) -> Any:
+    """The aval of the same dtype and another shape."""
+    return ShapedArray(tuple(shape), aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def struct_of(aval: Any) -> jax.ShapeDtypeStruct:
+    """The same shape, dtype and weak type as an argument for tracing."""
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def int32_aval(*shape: int) -> Any:
+    """The aval of an array of int32."""
+    return ShapedArray(shape, jax.numpy.dtype("int32"))
 
 
 def scan_params(params: Mapping[str, Any], n_operands: int) -> dict[str, Any]:

@@ -55,7 +55,15 @@ class HardwareError(AutoparError, KeyError):
 
 
 class InfeasibleError(AutoparError, ValueError):
-    """No plan fits: names the least memory that one needs and the values that make it."""
+    """No plan fits: names the least memory that one needs and the values that make it.
+
+    Attributes:
+        least_bytes: what one needs, as far as known; infinite where memory is not what excludes them.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "", least_bytes: float = float("inf")) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.least_bytes = least_bytes
 
 
 class MicrobatchError(AutoparError, ValueError):

@@ -49,6 +49,12 @@ class Target:
     def _called(self, settings: Mapping[str, Setting]) -> tuple[Callable[..., Any], Any, Any]:
         try:
             made = self.make(**settings)
+        except ImportError as error:
+            raise TargetError(
+                f"{self.text} lacks a package: {error}",
+                where=f"{_name(self.make)}()",
+                fix="install what it imports",
+            ) from error
         except (TypeError, ValueError) as error:
             given = " ".join(f"{name}={value}" for name, value in self.settings.items())
             raise TargetError(

@@ -3,7 +3,7 @@
     python -m benchmarks.quality [--models gpt moe] [--meshes data=8] [--hardware v5e] [--show]
 
 One line per model, mesh and hardware: milliseconds of a step, predicted / the solver's objective, unrestricted
-and under each preset. ``!``: a preset's objective is lower, ``~``: its predicted step is, ``?``: not proven optimal,
+and under each preset. ``!``: a preset's objective is lower, ``?``: not proven optimal,
 ``-``: does not apply or does not fit the memory. ``--show`` prints the collectives of every plan.
 """
 
@@ -77,8 +77,7 @@ def cell(found: Plan | None, free: Plan | None) -> str:
     if found is None or free is None:
         return f"{'-':>16}"
     better = found.solution.objective_s < free.solution.objective_s * (1 - 1e-9)
-    faster = found.prediction.step_s < free.prediction.step_s * (1 - 1e-9)
-    mark = "!" if better else "~" if faster else "" if found.solution.proven_optimal else "?"
+    mark = "!" if better else "" if found.solution.proven_optimal else "?"
     return f"{found.prediction.step_s * 1e3:.2f}/{found.solution.objective_s * 1e3:.2f}{mark}".rjust(16)
 
 

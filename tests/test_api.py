@@ -2,7 +2,7 @@
 
 import functools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from autopar import api
 from autopar.cluster import Mesh
 from autopar.cost.alpa import AlpaCost
 from autopar.errors import MeshError, PlanError
+from autopar.lowering.predict import collectives
 from autopar.planner import search
 from autopar.spec import Spec
 
@@ -33,6 +34,11 @@ def train_step(params: Any, x: Any, y: Any) -> Any:
 
     value, gradients = jax.value_and_grad(loss)(params)
     return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), value
+
+
+def transposing(x: Any) -> jax.Array:
+    """Sums along both dimensions: whichever is split first, the value moves."""
+    return jnp.cumsum(jnp.cumsum(x, 1), 0)
 
 
 def arrays(*shape: int) -> np.ndarray:
@@ -229,8 +235,34 @@ def test_a_plan_is_made_with_the_prices_of_a_cost_model():
     cost = AlpaCost(Mesh.parse("data=4,tensor=2"), (1.0, 1.0), (1.0, 1.0))
     plan = autopar.plan(train_step, *arguments(), cost=cost)
     assert plan.mesh == cost.mesh
-    assert plan.prediction.step_s == pytest.approx(plan.solution.objective_s)
+    assert plan.prediction.serial_s == pytest.approx(plan.solution.objective_s)
     assert_close(autopar.compile(train_step, plan)(*arguments()), jax.jit(train_step)(*arguments()))
+
+
+@dataclass(frozen=True)
+class Reluctant(AlpaCost):
+    """Prices that no hardware has: only all_gather and slicing are cheap."""
+
+    def collective_s(self, kind: str, nbytes: float, axes: tuple[str, ...]) -> float:
+        return nbytes * len(axes) * (1.0 if kind == "all_gather" else 1e6)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_step_moves_values_as_its_plan_was_priced_and_not_as_the_hardware_would_like_it(saved):
+    mesh = Mesh.parse("data=4,tensor=2")
+    pins = (("^arg0$", "data,"), ("^cumsum$", "data,"), ("^cumsum:2$", ",data"))
+    kinds = {}
+    for name, options in {
+        "reluctant": {"cost": Reluctant(mesh, (), ())},
+        "v5e": {"hardware": "v5e", "mesh": mesh},
+    }.items():
+        plan = autopar.plan(transposing, arrays(64, 64), pins=pins, **options)
+        plan = autopar.Plan.from_json(plan.to_json()) if saved else plan
+        compiled = autopar.compile(transposing, plan).compiled(arrays(64, 64))
+        assert collectives(compiled.local) == plan.prediction.collectives
+        kinds[name] = {collective.kind for collective in plan.prediction.collectives}
+        assert_close(compiled.function(arrays(64, 64)), [jax.jit(transposing)(arrays(64, 64))])
+    assert kinds == {"reluctant": {"all_gather"}, "v5e": {"all_to_all"}}
 
 
 # -- shardings

@@ -79,6 +79,12 @@ def test_a_file_that_does_not_import_is_reported(checkout):
         load(str(checkout / "broken.py"))
 
 
+def test_a_program_that_lacks_a_package_says_which(checkout):
+    (checkout / "lacking.py").write_text("def make():\n    import nothing_of_that_name\n")
+    with pytest.raises(TargetError, match=r"lacks a package: No module named.*\n.*make.*\n.*install what it imports"):
+        load(str(checkout / "lacking.py")).real()
+
+
 def test_settings_become_numbers_and_booleans_where_they_read_like_them():
     texts = ["a=1", "b=-2.5", "c=1e-3", "d=True", "e=no", "f=", "g=a=b"]
     expected = {"a": 1, "b": -2.5, "c": 1e-3, "d": True, "e": "no", "f": "", "g": "a=b"}

@@ -4,20 +4,24 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from autopar.api.explaining import explain
 from autopar.api.planning import (
     Options,
     argument_shardings,
     detect_hardware,
+    equation_seconds,
     plan_prepared,
     plan_traced,
     prediction,
     traced_in_time,
 )
 from autopar.api.running import ParallelStep, Settings, check_fits
+from autopar.api.splitting import AUTO
 from autopar.ir.arguments import adapt
 from autopar.plan import Plan
 
 __all__ = [
+    "AUTO",
     "Options",
     "ParallelStep",
     "Settings",
@@ -25,6 +29,8 @@ __all__ = [
     "check_fits",
     "compile",
     "detect_hardware",
+    "equation_seconds",
+    "explain",
     "parallelize",
     "plan",
     "plan_prepared",

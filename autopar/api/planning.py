@@ -1,23 +1,27 @@
 """From a traced step to the best plan: meshes, memory rounds, prediction. Nothing here runs a step."""
 
 import functools
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 
+from autopar.api.fitting import fitting
+from autopar.api.refusal import too_little_memory
+from autopar.api.splitting import AUTO, Chunks, plan_over_time, splitting_of
 from autopar.cluster import Mesh, mesh_candidates
-from autopar.cost import CostModel, RooflineCost, hardware, on_chip_bytes, rounds_products
+from autopar.cost import CostModel, RooflineCost, hardware, overlaps
 from autopar.errors import InfeasibleError
 from autopar.ir.arguments import Adapted
 from autopar.ir.trace import Traced, trace
 from autopar.lowering import predict
 from autopar.lowering.local_program import LocalProgram, build_local_program
+from autopar.lowering.routes import routes
+from autopar.lowering.simulate import hidden_s
 from autopar.lowering.spmd import argument_shardings
-from autopar.plan import Plan, Prediction
+from autopar.plan import Plan, Prediction, Splitting
 from autopar.planner.intra import Formulation
 from autopar.planner.pins import restrict
 from autopar.planner.search import Limits, Masks, Prepared, prepare, search
@@ -28,9 +32,6 @@ AXES = ("data", "tensor")
 
 MEMORY_GAP = 5e-3
 """How close to its bound the solver must come under a memory limit; the last tenth of a percent can take minutes."""
-
-MEMORY_ROUNDS = 4
-"""How often the solver's limit is tightened when the lowered program's peak is above the limit."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Options:
         strict: raise on a primitive without a rule instead of replicating it.
         seconds: time for the solver, per mesh.
         cost: a cost model instead of ``hardware``'s.
+        microbatches: parts of the batch that a step takes one after the other, exactly; "auto" tries 1, 2, 4, ... while
+            memory binds.
+        chunk: ``{"name pattern[dimension]": parts}`` of values that are never made whole.
+        batch: pattern of the names of the arguments whose dimension 0 is the batch; empty to guess.
+        allow: "recompute" and "ghost_batch_norm": what to accept where microbatches need a value of the whole batch.
         on_progress: called with the solver's progress.
     """
 
@@ -59,6 +65,10 @@ class Options:
     strict: bool = False
     seconds: float = 60.0
     cost: CostModel | None = None
+    microbatches: int | str = 1
+    chunk: Chunks = ()
+    batch: str = ""
+    allow: str | tuple[str, ...] = ()
     on_progress: Callable[[Any], None] | None = field(default=None, compare=False, repr=False)
 
     def meshes(self) -> tuple[Mesh, ...]:
@@ -78,6 +88,10 @@ class Options:
     def cost_model(self, mesh: Mesh) -> CostModel:
         """The prices on one mesh."""
         return self.cost or RooflineCost(hardware(self.hardware or detect_hardware()), mesh)
+
+    def splitting(self) -> Splitting:
+        """How to split the step over time, where the number of microbatches is given."""
+        return splitting_of(1 if self.microbatches == AUTO else self.microbatches, self.chunk, self.batch, self.allow)
 
     def limit_bytes(self, cost: CostModel) -> float:
         """Memory of one device."""
@@ -100,7 +114,13 @@ def traced_in_time(adapted: Adapted) -> tuple[Traced, float]:
 
 
 def plan_traced(traced: Traced, trace_s: float, options: Options) -> Plan:
-    """The best plan over the meshes of the options; a mesh on which nothing fits is passed over if another fits."""
+    """The best plan over the meshes and the numbers of microbatches of the options."""
+    plan_one = functools.partial(_plan_split, trace_s=trace_s, options=options)
+    return plan_over_time(traced, options.microbatches, options.splitting(), plan_one)
+
+
+def _plan_split(traced: Traced, *, trace_s: float, options: Options) -> Plan:
+    """The best plan over the meshes; a mesh on which nothing fits is passed over if another fits."""
     best: Plan | None = None
     refused: InfeasibleError | None = None
     for mesh in options.meshes():
@@ -109,9 +129,9 @@ def plan_traced(traced: Traced, trace_s: float, options: Options) -> Plan:
         try:
             found = plan_prepared(prepared, cost, options)
         except InfeasibleError as error:
-            refused = error
+            refused = error if refused is None or error.least_bytes < refused.least_bytes else refused
             continue
-        if best is None or found.prediction.step_s < best.prediction.step_s:
+        if best is None or found.prediction.serial_s < best.prediction.serial_s:
             best = found
     if best is None:
         assert refused is not None
@@ -124,38 +144,31 @@ def plan_traced(traced: Traced, trace_s: float, options: Options) -> Plan:
 def plan_prepared(prepared: Prepared, cost: CostModel, options: Options, masks: Masks | None = None) -> Plan:
     """The best plan on one mesh under the preset and pins (or ``masks`` instead of them).
 
-    Memory is priced only when the best plan without a limit does not fit; then the solver's limit is tightened until
-    the lowered program does.
+    Memory is priced only when the best plan without a limit does not fit.
+
+    Raises:
+        InfeasibleError: no plan was found that fits.
     """
-    if masks is None:
-        masks = restrict(prepared.graph, prepared.formulator, options.preset, options.pins)
-    unlimited = Limits(None, options.seconds, on_progress=options.on_progress)
-    found = _lowered(prepared, cost, options, *search(prepared, unlimited, masks))
-    limit = options.limit_bytes(cost)
-    most = limit + on_chip_bytes(cost)  # the solver's rows count what the compiler may put on the chip
-    allowed = most
-    for attempt in range(MEMORY_ROUNDS):
-        if found.prediction.peak_bytes <= limit:
-            return found
-        limits = Limits(allowed, options.seconds, MEMORY_GAP, options.on_progress, count_copies=attempt > 0)
-        try:
-            found = _lowered(prepared, cost, options, *search(prepared, limits, masks))
-        except InfeasibleError as error:
-            # The solver counts a little differently from the lowered program: take the least that it can reach.
-            least = getattr(error.__cause__, "least_bytes", math.inf)
-            if attempt == 0 or not allowed < least <= most:
-                raise
-            allowed = least * (1 + 1e-6)
-            continue
-        if attempt > 0:
-            allowed *= 0.98 * most / (found.prediction.peak_bytes + most - limit)
-    if found.prediction.peak_bytes <= limit:
-        return found
-    raise InfeasibleError(
-        f"no plan was found that fits {limit / 1e9:.3g} GB a device",
-        where=f"mesh {cost.mesh}; the last plan needs {found.prediction.peak_bytes / 1e9:.3g} GB",
-        fix="raise --memory-gb, use more devices, or make the batch smaller",
-    )
+    allowed = restrict(prepared.graph, prepared.formulator, options.preset, options.pins) if masks is None else masks
+
+    def planned(limits: Limits) -> Plan:
+        return _lowered(prepared, cost, options, *search(prepared, limits, allowed))
+
+    def within(limit_bytes: float) -> Plan:
+        return planned(Limits(limit_bytes, options.seconds, MEMORY_GAP, options.on_progress))
+
+    def counted_bytes(plan: Plan) -> float:
+        _, formulation, choice = plan.runtime
+        problem = formulation.problem if formulation.problem.usages else prepared.formulator.formulate(0.0).problem
+        return problem.peak(choice.strategies)
+
+    best = planned(Limits(None, options.seconds, on_progress=options.on_progress))
+    limit_bytes = options.limit_bytes(cost)
+    if best.prediction.peak_bytes > limit_bytes:
+        best = fitting(limit_bytes, best, counted_bytes, within)
+    if best.prediction.peak_bytes > limit_bytes:
+        raise too_little_memory(limit_bytes, best, cost)
+    return best
 
 
 def _lowered(
@@ -167,30 +180,47 @@ def _lowered(
     choice: Choice,
 ) -> Plan:
     """The plan with what its local program costs."""
-    local = build_local_program(prepared.traced.program, found, cost)
-    chosen = zip(formulation.units, choice.strategies, strict=True)
-    compute_s = float(sum(formulation.pricing.vector(unit)[label] for unit, label in chosen))
+    local = build_local_program(prepared.traced.program, found, cost, prepared.rules)
     return replace(
         found,
-        prediction=prediction(local, compute_s, cost),
+        prediction=prediction(local, equation_seconds(formulation, choice), cost, prepared.traced.state),
+        routes=routes(local),
         preset=options.preset,
         pins=options.pins,
         runtime=(prepared, formulation, choice),
     )
 
 
-def prediction(local: LocalProgram, compute_s: float, cost: CostModel) -> Prediction:
-    """What a local program costs; ``compute_s`` is the planner's price of its equations."""
-    buffers = predict.live_buffers(local, rounds_products=rounds_products(cost))
-    communication_s = predict.communication_s(local)
-    state_bytes = sum(predict.local_bytes(slot, local) for slot in local.inputs)
-    peak_bytes = predict.peak(buffers)[0]
+def equation_seconds(formulation: Formulation, choice: Choice) -> dict[str, float]:
+    """Seconds that a step spends in each equation, by name; a cluster's under the name of its first one."""
+    equations, found = formulation.pricing.graph.program.equations, dict[str, float]()
+    for unit, label in zip(formulation.units, choice.strategies, strict=True):
+        price_s = float(formulation.pricing.vector(unit)[label])
+        if price_s:
+            found[equations[unit.position].name] = price_s
+    return found
+
+
+def prediction(
+    local: LocalProgram, seconds: Mapping[str, float], cost: CostModel, state: Sequence[tuple[int, int]] = ()
+) -> Prediction:
+    """What a local program costs.
+
+    Args:
+        local: the program.
+        seconds: the planner's price of each equation, over a whole step, by name.
+        cost: prices its collectives, and knows the memory of a device.
+        state: (input, output) pairs that share a buffer.
+    """
+    compute_s, communication_s = sum(seconds.values()), predict.communication_s(local)
+    memory = predict.memory(local, cost, state)
     return Prediction(
-        step_s=compute_s + communication_s,
+        step_s=compute_s + communication_s - hidden_s(local, seconds, overlap=overlaps(cost)),
         compute_s=compute_s,
         communication_s=communication_s,
-        peak_bytes=max(state_bytes, peak_bytes - on_chip_bytes(cost)),
-        state_bytes=state_bytes,
+        peak_bytes=memory.peak_bytes,
+        on_chip_bytes=memory.on_chip_bytes,
+        state_bytes=sum(predict.local_bytes(slot, local) for slot in local.inputs),
         flops=predict.flops(local),
         collectives=predict.collectives(local),
     )

@@ -11,12 +11,13 @@ import jax
 
 from autopar.api.planning import Options, argument_shardings, detect_hardware, plan_traced, traced_in_time
 from autopar.compat import shape_struct
-from autopar.errors import PlanError
+from autopar.errors import MicrobatchError, PlanError
 from autopar.ir.arguments import Adapted, adapt
 from autopar.ir.fingerprint import fingerprint
 from autopar.ir.trace import Traced
 from autopar.lowering.jit import lower_jit
 from autopar.lowering.local_program import build_local_program
+from autopar.lowering.microbatch import split_step
 from autopar.lowering.spmd import device_mesh, lower, shardings
 from autopar.plan import Plan
 
@@ -90,12 +91,13 @@ class _Compiled:
 
     def __init__(self, adapted: Adapted, options: Options, settings: Settings) -> None:
         traced, trace_s = traced_in_time(adapted)
-        self.traced, self.devices, self.target = traced, settings.devices, settings.lower
         found = self._find_plan(traced, trace_s, options, settings)
+        traced = split_step(traced, found.splitting)
+        self.traced, self.devices, self.target = traced, settings.devices, settings.lower
         place = functools.partial(argument_shardings, traced.in_tree, devices=settings.devices)
         self.plan = replace(found, place=place)
-        hardware_name = options.hardware or found.hardware or None
-        cost = replace(options, mesh=found.mesh, hardware=hardware_name).cost_model(found.mesh)
+        # The plan has its routes; prices are asked only where it was edited by hand, and then those of these devices.
+        cost = replace(options, mesh=found.mesh).cost_model(found.mesh)
         self.local = build_local_program(traced.program, found, cost)
         self.donated = tuple(i for i, _ in traced.state) if settings.donate else ()
 
@@ -166,8 +168,12 @@ def _copies(arrays: list[jax.Array]) -> list[jax.Array]:
     return [jax.numpy.copy(array) for array in arrays]
 
 
-def check_fits(plan: Plan, traced: Traced) -> None:
-    """Raises PlanError unless the plan was made for this program."""
+def check_fits(plan: Plan, traced: Traced) -> Traced:
+    """The step in the plan's microbatches; raises PlanError unless the plan was made for this program."""
+    try:
+        traced = split_step(traced, plan.splitting)
+    except MicrobatchError as error:
+        raise PlanError(f"the plan's microbatches do not fit this step: {error.what}", fix=error.fix) from error
     actual = fingerprint(traced.program)
     if plan.fingerprint != actual:
         known = {arg.name: arg.shape for arg in plan.arguments}
@@ -179,3 +185,4 @@ def check_fits(plan: Plan, traced: Traced) -> None:
             else "the arguments agree, the equations do not",
             fix="plan again with autopar plan",
         )
+    return traced

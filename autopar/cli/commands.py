@@ -53,6 +53,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "step_s": prediction.step_s,
         "peak_bytes": prediction.peak_bytes,
         "flops_per_device": prediction.flops,
+        "microbatches": plan.microbatches,
         "collectives": [collective_json(c) for c in prediction.collectives],
         "trace_s": solution.trace_s,
         "build_s": solution.build_s,

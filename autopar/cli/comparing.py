@@ -12,6 +12,7 @@ from autopar.cli.options import Searching
 from autopar.cli.planning import Job, prepare_job
 from autopar.cost import CostModel
 from autopar.errors import InfeasibleError, PinError, PresetError
+from autopar.lowering.microbatch import split_step
 from autopar.plan import Plan
 from autopar.plan.figures import nbytes, seconds
 from autopar.plan.terminal import table
@@ -31,13 +32,11 @@ class Entry:
         name: of the preset.
         plan: its cheapest plan.
         refused: why there is none.
-        fits: whether the lowered program stays within the memory of a device.
     """
 
     name: str
     plan: Plan | None
     refused: str = ""
-    fits: bool = True
 
 
 def compare(request: Searching) -> None:
@@ -47,7 +46,7 @@ def compare(request: Searching) -> None:
     best = entries[0].plan
     if best is None:
         raise InfeasibleError(entries[0].refused, fix="raise --memory-gb, or use more devices")
-    beaten_by = [e.name for e in entries[1:] if e.plan and e.fits and _cheaper(e.plan, best)]
+    beaten_by = [e.name for e in entries[1:] if e.plan and _cheaper(e.plan, best)]
     if request.json:
         show_json({"plans": {e.name: _as_json(e) for e in entries}, "beaten_by": beaten_by})
     else:
@@ -68,7 +67,7 @@ def _entries(job: Job) -> list[Entry]:
     with progress("comparing") as update:
         for options, cost in job.per_mesh():
             update(f"building the problem on mesh {options.mesh}")
-            prepared = prepare(job.traced, cost, strict=options.strict)
+            prepared = prepare(split_step(job.traced, options.splitting()), cost, strict=options.strict)
             for name in names:
                 update(f"{name or 'the unrestricted plan'} on mesh {options.mesh}")
                 entry = _entry(prepared, cost, replace(options, preset=name))
@@ -79,8 +78,7 @@ def _entries(job: Job) -> list[Entry]:
 def _entry(prepared: Prepared, cost: CostModel, options: api.Options) -> Entry:
     name = options.preset or UNRESTRICTED
     try:
-        found = api.plan_prepared(prepared, cost, options)
-        return Entry(name, found, fits=found.prediction.peak_bytes <= options.limit_bytes(cost))
+        return Entry(name, api.plan_prepared(prepared, cost, options))
     except (InfeasibleError, PresetError, PinError) as error:
         return Entry(name, None, error.what)
 
@@ -89,7 +87,7 @@ def _better(old: Entry | None, new: Entry) -> Entry:
     """The entry with the cheaper plan; one with a plan before one without."""
     if old is None or old.plan is None or new.plan is None:
         return new if old is None or old.plan is None else old
-    return new if new.plan.prediction.step_s < old.plan.prediction.step_s else old
+    return new if new.plan.prediction.serial_s < old.plan.prediction.serial_s else old
 
 
 def _cheaper(one: Plan, other: Plan) -> bool:
@@ -122,13 +120,6 @@ def _table(entries: list[Entry], best: Plan) -> Any:
             seconds(p.communication_s),
             nbytes(p.peak_bytes),
             nbytes(sum(c.nbytes for c in p.collectives)),
-            _certificate(entry),
+            "proven" if entry.plan.solution.proven_optimal else f"gap {entry.plan.solution.gap:.2%}",
         )
     return found
-
-
-def _certificate(entry: Entry) -> str:
-    assert entry.plan is not None
-    solution = entry.plan.solution
-    proof = "proven" if solution.proven_optimal else f"gap {solution.gap:.2%}"
-    return proof if entry.fits else f"{proof}, over the memory"

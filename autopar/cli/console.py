@@ -13,17 +13,23 @@ from rich.console import Console, RenderableType
 from rich.status import Status
 
 from autopar.errors import AutoparError
+from autopar.plan.terminal import as_text
+
+WIDTH = 120
+"""Columns of what is written to a file or a pipe."""
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 """Exit codes: a check failed; an error that the user can mend; Ctrl-C with nothing to keep."""
 
 
 def show(*what: RenderableType) -> None:
-    """Writes tables and lines to stdout; as wide as they need to be where nobody looks at a terminal."""
-    width = None if sys.stdout.isatty() else 120
-    console = Console(width=width, highlight=False, soft_wrap=False)
+    """Writes tables and lines to stdout; plain text of a fixed width where that is no terminal."""
+    console = Console(highlight=False, soft_wrap=False)
     for one in what:
-        console.print(one)
+        if sys.stdout.isatty():
+            console.print(one)
+        else:
+            sys.stdout.write(as_text(one, WIDTH) + "\n")
 
 
 def show_json(data: Any) -> None:

@@ -55,6 +55,13 @@ class Searching:
     memory_gb: Annotated[float | None, typer.Option(min=0, help="Memory of a device in 1e9 bytes.")] = None
     pin: Annotated[list[str] | None, typer.Option(metavar="PATTERN=SPEC", help="As 'params/.*kernel=,tensor'.")] = None
     seconds: Annotated[float, typer.Option(min=0, help="Time for the solver, per mesh.")] = 60.0
+    microbatches: Annotated[str, typer.Option(metavar="M", help="Parts of the batch in turn, exactly; or auto.")] = "1"
+    chunk: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN[DIM]=N", help="Never make that value whole, but in N parts.")
+    ] = None
+    allow: Annotated[
+        list[str] | None, typer.Option(help="For microbatches: recompute, or ghost_batch_norm, where they need it.")
+    ] = None
     strict: Annotated[bool, typer.Option(help="Refuse primitives without a sharding rule.")] = False
     costs: Annotated[str, typer.Option(help="Prices of computation: roofline or measured.")] = "roofline"
     json: Json = False

@@ -13,12 +13,12 @@ from autopar.cli.options import Planning, Searching
 from autopar.cluster import Mesh
 from autopar.cost import CostModel, RooflineCost, hardware
 from autopar.cost.measured import MeasuredCost
-from autopar.errors import AutoparError, HardwareError, InfeasibleError, MeshError, PinError
+from autopar.errors import AutoparError, HardwareError, InfeasibleError, MeshError, MicrobatchError, PinError
 from autopar.ir.arguments import Adapted, adapt
 from autopar.ir.trace import Traced
 from autopar.lowering.spmd import device_mesh
 from autopar.plan import Plan
-from autopar.plan.figures import certificate, nbytes
+from autopar.plan.figures import certificate
 from autopar.planner.pins import parse_pin
 from autopar.targets import Target, load, parse_settings
 
@@ -100,6 +100,9 @@ def prepare_job(request: Searching) -> Job:
         hardware=request.hardware or api.detect_hardware(),
         memory_gb=request.memory_gb,
         pins=pins,
+        microbatches=parse_microbatches(request.microbatches),
+        chunk=tuple(map(parse_chunk, request.chunk or ())),
+        allow=tuple(request.allow or ()),
         strict=request.strict,
         seconds=request.seconds,
     )
@@ -108,6 +111,21 @@ def prepare_job(request: Searching) -> Job:
     with progress(f"tracing {target.text}"):
         traced, trace_s = api.traced_in_time(adapted(target))
     return Job(target, traced, trace_s, options, request.costs)
+
+
+def parse_microbatches(text: str) -> int | str:
+    """A number, or "auto"."""
+    if text == api.AUTO or text.isdigit():
+        return text if text == api.AUTO else int(text)
+    raise MicrobatchError(f"--microbatches {text} is not a number", fix="give a number from 1 on, or auto")
+
+
+def parse_chunk(text: str) -> tuple[str, int]:
+    """``PATTERN[DIM]=N``."""
+    name, _, count = text.rpartition("=")
+    if not name or not count.isdigit():
+        raise MicrobatchError(f"--chunk {text} does not parse", fix="write it as --chunk '.*head/dot_general[2]=8'")
+    return name, int(count)
 
 
 def default_devices() -> int:
@@ -139,28 +157,14 @@ def plan_job(job: Job, preset: str = "") -> Plan:
             except KeyboardInterrupt:
                 pass  # there is no incumbent yet; a mesh before this one may have given a plan
             else:
-                best = found if best is None else min(best, found, key=lambda plan: plan.prediction.step_s)
+                best = found if best is None else min(best, found, key=lambda plan: plan.prediction.serial_s)
             if interrupts:
                 break
     if best is None:
         raise KeyboardInterrupt if interrupts or refused is None else refused
     if interrupts:
         note(f"interrupted: this is the best plan so far, {certificate(best)} on mesh {best.mesh}", "yellow")
-    warn_if_too_large(best, job)
     return replace(best, provenance=provenance(job))
-
-
-def warn_if_too_large(plan: Plan, job: Job) -> None:
-    """Says so where the lowered program needs more than the memory that the search was given."""
-    limit_bytes = memory_limit(plan.mesh, job)
-    if plan.prediction.peak_bytes > limit_bytes:
-        sizes = f"{nbytes(plan.prediction.peak_bytes)} a device, more than the {nbytes(limit_bytes)}"
-        note(f"the best plan found needs {sizes} that it has", "yellow")
-
-
-def memory_limit(mesh: Mesh, job: Job) -> float:
-    """Bytes of one device that a plan may use."""
-    return job.options.limit_bytes(job.options.cost_model(mesh))
 
 
 def provenance(job: Job) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """What a plan costs: seconds of computation and communication on given hardware."""
 
 from autopar.cost.alpa import AlpaCost
-from autopar.cost.compute import duplicable, equation_flops, equation_transcendentals, fusible
-from autopar.cost.model import COLLECTIVES, CostModel, RooflineCost, Work, on_chip_bytes, rounds_products
+from autopar.cost.compute import equation_flops, equation_transcendentals, fusible
+from autopar.cost.model import COLLECTIVES, CostModel, RooflineCost, Work, on_chip_bytes, overlaps, rounds_products
 from autopar.cost.profiles import PROFILES, hardware, read_profile, write_profile
 
 __all__ = [
@@ -12,12 +12,12 @@ __all__ = [
     "CostModel",
     "RooflineCost",
     "Work",
-    "duplicable",
     "equation_flops",
     "equation_transcendentals",
     "fusible",
     "hardware",
     "on_chip_bytes",
+    "overlaps",
     "read_profile",
     "rounds_products",
     "write_profile",

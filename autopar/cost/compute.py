@@ -6,7 +6,7 @@ the parameters are the equation's; shapes are whatever is asked about, global or
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Shape = tuple[int, ...]
 Shapes = Sequence[Shape]
@@ -18,14 +18,14 @@ def _names(text: str) -> frozenset[str]:
 
 TRANSCENDENTAL = _names(
     """acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma erf erf_inv erfc exp exp2 expm1 lgamma log
-    log1p logistic pow rsqrt sin sinh sqrt tan tanh"""
+    log1p log2 logistic pow rsqrt sin sinh sqrt tan tanh"""
 )
 """One per element, counted apart from flops."""
 
 ARITHMETIC = _names(
-    """abs add add_any and ceil clamp clz conj convert_element_type div eq eq_to floor ge gt imag integer_pow
-    is_finite le le_to lt lt_to max min mul ne neg nextafter not or population_count real reduce_precision
-    rem round select_and_gather_add select_n shift_left shift_right_arithmetic shift_right_logical sign
+    """abs add add_any and ceil clamp clz complex conj convert_element_type div eq eq_to floor ge gt imag integer_pow
+    is_finite le le_to lt lt_to max min mul ne neg nextafter not or one_minus_square population_count real
+    reduce_precision rem round select_and_gather_add select_n shift_left shift_right_arithmetic shift_right_logical sign
     square sub xor"""
 )
 """Elementwise, one operation per element."""
@@ -56,21 +56,6 @@ def fusible(primitive: str) -> bool:
 
 
 _FUSED_MOVES = MOVING - {"optimization_barrier", "device_put"}
-
-
-def duplicable(primitive: str) -> bool:
-    """Whether XLA rather repeats the primitive in each reader than keeps its result in memory.
-
-    So it does where the operation is cheap and its large inputs are at most one, or readers fuse it on all
-    paths: the residuals of such equations need no memory from the forward to the backward pass. Source:
-    ``InstructionFusion::IsExpensive`` and ``ComputeGloballyUnfusible`` in XLA
-    (xla/service/instruction_fusion.cc).
-
-    >>> duplicable("mul"), duplicable("broadcast_in_dim"), duplicable("tanh"), duplicable("div")
-    (True, True, False, False)
-    """
-    cheap = primitive in ARITHMETIC - {"div", "rem"} or primitive in ("cos", "sin")
-    return cheap or primitive in _FUSED_MOVES
 
 
 def equation_flops(primitive: str, params: Mapping[str, Any], operands: Shapes, results: Shapes) -> float:
@@ -109,11 +94,11 @@ def _convolution(params: Mapping[str, Any], operands: Shapes, results: Shapes) -
     numbers, image, kernel, out = params["dimension_numbers"], operands[0], operands[1], results[0]
     positions = 1
     for dim in range(len(out) - 2):
-        positions *= _valid_positions(
+        positions *= valid_positions(
             image[numbers.lhs_spec[dim + 2]],
             kernel[numbers.rhs_spec[dim + 2]],
             out[numbers.out_spec[dim + 2]],
-            (
+            Window(
                 params["window_strides"][dim],
                 params["padding"][dim][0],
                 params["lhs_dilation"][dim],
@@ -124,15 +109,27 @@ def _convolution(params: Mapping[str, Any], operands: Shapes, results: Shapes) -
     return 2 * batch * features * kernel[numbers.rhs_spec[1]] * positions
 
 
-def _valid_positions(image: int, kernel: int, out: int, window: tuple[int, int, int, int]) -> int:
-    """Pairs (output, kernel position) along one dimension that read an image element, not padding."""
-    stride, low, image_dilation, kernel_dilation = window
-    span = (image - 1) * image_dilation + 1
+class Window(NamedTuple):
+    """How a convolution steps along one dimension: stride, padding below, dilation of image and of kernel."""
+
+    stride: int
+    low: int
+    image_dilation: int
+    kernel_dilation: int
+
+
+def valid_positions(image: int, kernel: int, out: int, window: Window) -> int:
+    """Pairs (output, kernel position) along one dimension that read an image element, not padding.
+
+    >>> valid_positions(4, 3, 4, Window(1, 1, 1, 1))
+    10
+    """
+    span = (image - 1) * window.image_dilation + 1
     return sum(
-        0 <= at < span and at % image_dilation == 0
+        0 <= at < span and at % window.image_dilation == 0
         for place in range(out)
         for tap in range(kernel)
-        for at in (place * stride - low + tap * kernel_dilation,)
+        for at in (place * window.stride - window.low + tap * window.kernel_dilation,)
     )
 
 

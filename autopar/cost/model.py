@@ -222,6 +222,12 @@ def rounds_products(cost: CostModel) -> bool:
     return device is not None and device.rounds_products
 
 
+def overlaps(cost: CostModel) -> bool:
+    """Whether the devices of a cost model compute while they send; False if it has none."""
+    device = device_of(cost)
+    return device is not None and device.overlaps
+
+
 def on_chip_bytes(cost: CostModel) -> float:
     """Memory on the chip that holds temporaries besides ``memory_bytes``; 0 for a cost model without hardware."""
     device = device_of(cost)

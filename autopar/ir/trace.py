@@ -1,9 +1,10 @@
 """Tracing a step into a Program: jaxpr, dead code removed, calls inlined, values named.
 
 Nothing is materialised: arguments may be arrays or ``jax.ShapeDtypeStruct``. Calls (``jit``, ``closed_call``, custom
-derivative rules) are inlined. A rematerialised block is inlined behind optimization barriers, so that its
-recomputation survives common-subexpression elimination while the planner sees every equation of it.
-``scan``, ``while`` and ``cond`` keep their bodies as nested programs.
+derivative rules, the solver of a linear solve) are inlined, and what returns its operand unchanged is left out. A
+rematerialised block is inlined behind optimization barriers, so that its recomputation survives common-subexpression
+elimination while the planner sees every equation of it. ``scan``, ``while`` and ``cond`` keep their bodies as nested
+programs.
 """
 
 import itertools
@@ -19,6 +20,7 @@ from jax.interpreters import partial_eval
 
 from autopar import compat
 from autopar.errors import AutoparError, TraceError
+from autopar.ir.layers import MARK
 from autopar.ir.program import Atom, Constant, Equation, Program, Value
 
 _CALLS = {
@@ -202,16 +204,16 @@ class _Flattener:
         """Inlines a call, keeps anything else; returns the results."""
         name = eqn.primitive.name
         scope = _scope(scope, eqn.source_info.name_stack)
-        if name in _PLACEMENT:
+        if name in _PLACEMENT or _changes_nothing(eqn):
             return inputs
         if name in _CALLS and _CALLS[name] in eqn.params:
-            jaxpr, consts = _open(eqn.params[_CALLS[name]])
-            return self.inline(jaxpr, self.constants(jaxpr, consts), inputs, scope)
+            return self.call(eqn.params[_CALLS[name]], inputs, scope)
+        if name == "custom_linear_solve":
+            return self.call(eqn.params["jaxprs"].solve, _solve_operands(inputs, eqn.params["const_lengths"]), scope)
         if name in _REMAT:
-            jaxpr, consts = _open(eqn.params["jaxpr"])
             if eqn.params["differentiated"] and eqn.params["prevent_cse"]:
                 inputs = self.barrier(inputs, scope)
-            return self.inline(jaxpr, self.constants(jaxpr, consts), inputs, scope)
+            return self.call(eqn.params["jaxpr"], inputs, scope)
         base = f"{_clean(scope)}/{name}".lstrip("/")
         outputs = tuple(Value(self.unique(base), var.aval) for var in eqn.outvars)
         bodies = tuple(
@@ -231,6 +233,11 @@ class _Flattener:
         )
         self.equations.append(kept)
         return outputs
+
+    def call(self, jaxpr: Any, inputs: list[Atom], scope: str) -> list[Atom]:
+        """Inlines a jaxpr, closed or not."""
+        opened, consts = _open(jaxpr)
+        return self.inline(opened, self.constants(opened, consts), inputs, scope)
 
     def opened(
         self, eqn: Any, inputs: list[Atom], bodies: tuple[Program, ...]
@@ -271,6 +278,34 @@ class _Flattener:
             self.equations.append(Equation(primitive, (atom,), (result,), params, name, "", True))
             outputs.append(result)
         return outputs
+
+
+def _solve_operands(inputs: list[Atom], lengths: Any) -> list[Atom]:
+    """What the solver inside a ``custom_linear_solve`` reads: what it closes over, and the right-hand sides."""
+    start = lengths.matvec + lengths.vecmat
+    return [*inputs[start : start + lengths.solve], *inputs[sum(lengths) :]]
+
+
+def _changes_nothing(eqn: Any) -> bool:
+    """Whether the only result is the only operand: the gradient of a 1 x 1 convolution reverses its kernel."""
+    same = _SAME.get(eqn.primitive.name)
+    if same is None or len(eqn.invars) != 1:
+        return False
+    before, after = eqn.invars[0].aval, eqn.outvars[0].aval
+    alike = (before.shape, before.dtype, before.weak_type) == (after.shape, after.dtype, after.weak_type)
+    return alike and same(before.shape, eqn.params)
+
+
+_SAME: dict[str, Callable[[tuple[int, ...], Any], bool]] = {
+    "concatenate": lambda shape, params: True,
+    "convert_element_type": lambda shape, params: True,
+    "name": lambda shape, params: params["name"] != MARK,
+    "reshape": lambda shape, params: params["dimensions"] is None,
+    "rev": lambda shape, params: all(shape[dim] == 1 for dim in params["dimensions"]),
+    "slice": lambda shape, params: True,
+    "transpose": lambda shape, params: tuple(params["permutation"]) == tuple(range(len(shape))),
+}
+"""Primitives whose result may be their operand: given that its shape and dtype are the operand's, when it is."""
 
 
 def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

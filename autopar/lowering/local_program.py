@@ -4,7 +4,7 @@ Everything is explicit: which layout of which value an equation reads, and every
 prediction counts these instructions and the execution runs them, so that what is planned is what runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autopar.cluster import Mesh
@@ -14,8 +14,8 @@ from autopar.ir.regions import LOOP_CARRY, LOOP_CONST, LOOP_SLICE, ScanParts
 from autopar.plan import Plan, View
 from autopar.sharding.factors import ShardingRule
 from autopar.sharding.lookup import RuleBook
-from autopar.sharding.reshard import CommunicationCost, Resharding, plan_reshard
-from autopar.sharding.strategies import Split, Strategy, make_strategy, strategies
+from autopar.sharding.reshard import CommunicationCost, Resharding, follow, plan_reshard
+from autopar.sharding.strategies import Split, Strategy
 from autopar.spec import Spec
 
 
@@ -54,13 +54,14 @@ class Move:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Runs one equation on local operands."""
+    """Runs one equation on local operands, once the slot ``after`` is there where it is set."""
 
     equation: Equation
     rule: ShardingRule
     strategy: Strategy
     inputs: tuple[Operand, ...]
     outputs: tuple[Slot, ...]
+    after: Slot | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,19 +121,23 @@ class LocalProgram:
     mesh: Mesh
 
 
-def build_local_program(program: Program, plan: Plan, cost: CommunicationCost) -> LocalProgram:
+def build_local_program(
+    program: Program, plan: Plan, cost: CommunicationCost, rules: RuleBook | None = None
+) -> LocalProgram:
     """Lowers a plan to instructions.
 
     Args:
         program: the program that the plan was made for.
         plan: specs, strategies and views by name.
-        cost: prices the alternatives of a resharding; that of the planner, so that both take the same.
+        cost: prices reshardings; where the plan has no route for one (it is in the making, or was edited), the
+            cheapest is taken.
+        rules: the rules of this program as far as they were looked up before; saves time.
 
     Raises:
         PlanError: the plan does not cover the program.
     """
     arrive = tuple(_planned(plan, value) for value in program.inputs)
-    return _Builder(plan, cost, RuleBook()).build(program, arrive, plan.outputs)
+    return _Builder(plan, cost, rules or RuleBook()).build(program, arrive, plan.outputs)
 
 
 def _planned(plan: Plan, value: Value) -> Spec:
@@ -147,6 +152,7 @@ class _Builder:
 
     def __init__(self, plan: Plan, cost: CommunicationCost, rules: RuleBook) -> None:
         self.plan, self.cost, self.rules = plan, cost, rules
+        self.routes = {(r.shape, r.itemsize, r.monoid, r.specs[0], r.specs[-1]): r.specs for r in plan.routes}
         self.sizes = plan.mesh.sizes
         self.instructions: list[Instruction] = []
         self.slots: dict[Value, Slot] = {}
@@ -212,17 +218,16 @@ class _Builder:
         if splits is None:
             self.free[eqn.outputs[0]] = eqn
             return
-        rule = self.rules.rule(eqn)
-        strategy = make_strategy(rule, self._all_axes(dict(splits)))
-        self._run(eqn, rule, strategy)
+        self._run(eqn, self.rules.strategy(eqn, self._all_axes(splits)))
 
-    def _all_axes(self, splits: Mapping[str, Split]) -> dict[str, Split]:
-        return dict(splits) | {axis: None for axis in self.plan.mesh.names if axis not in splits}
+    def _all_axes(self, splits: Sequence[tuple[str, Split]]) -> dict[str, Split]:
+        given = dict(splits)
+        return given | {axis: None for axis in self.plan.mesh.names if axis not in given}
 
-    def _run(self, eqn: Equation, rule: ShardingRule, strategy: Strategy) -> tuple[Slot, ...]:
+    def _run(self, eqn: Equation, strategy: Strategy) -> tuple[Slot, ...]:
         inputs = self._operands(eqn, strategy.inputs)
         outputs = tuple(Slot(value, spec) for value, spec in zip(eqn.outputs, strategy.outputs, strict=True))
-        self.instructions.append(Run(eqn, rule, strategy, inputs, outputs))
+        self.instructions.append(Run(eqn, self.rules.rule(eqn), strategy, inputs, outputs))
         for slot in outputs:
             self.slots.setdefault(slot.value, slot)
         return outputs
@@ -230,8 +235,7 @@ class _Builder:
     def _barrier(self, eqns: list[Equation]) -> None:
         inputs: list[Slot] = []
         for eqn in eqns:
-            rule = self.rules.rule(eqn)
-            strategy = make_strategy(rule, self._all_axes(dict(self.plan.equations[eqn.name])))
+            strategy = self.rules.strategy(eqn, self._all_axes(self.plan.equations[eqn.name]))
             (operand,) = self._operands(eqn, strategy.inputs)
             assert isinstance(operand, Slot)
             inputs.append(operand)
@@ -276,24 +280,34 @@ class _Builder:
 
     def _move(self, source: Slot, spec: Spec, anchor: Slot | None) -> Slot:
         value = source.value
-        monoid = self.rules.monoid(value)
-        resharding = plan_reshard(source.spec, spec, value.shape, value.itemsize, self.cost, monoid)
+        resharding = self._resharding(value, source.spec, spec)
         key = (value, source.spec, spec)
         repeat = self.made.get(key, 0) if any(step.nbytes for step in resharding.steps) else 0
         self.made[key] = repeat + 1
         target = Slot(value, spec)
-        self.instructions.append(Move(source, target, resharding, anchor if repeat else None, repeat))
+        after = (anchor or self._latest()) if repeat else None
+        self.instructions.append(Move(source, target, resharding, after, repeat))
         return target
+
+    def _latest(self) -> Slot | None:
+        """What the last equation made."""
+        return next((i.outputs[0] for i in reversed(self.instructions) if isinstance(i, Run)), None)
+
+    def _resharding(self, value: Value, source: Spec, target: Spec) -> Resharding:
+        monoid = self.rules.monoid(value)
+        route = self.routes.get((value.shape, value.itemsize, monoid, source, target))
+        if route is None:
+            return plan_reshard(source, target, value.shape, value.itemsize, self.cost, monoid)
+        return follow(route, value.shape, value.itemsize, self.cost, monoid)
 
     def _piece(self, value: Value, spec: Spec) -> Slot:
         """A free value made in the spec where it is needed."""
         slot = self.pieces.get((value, spec))
         if slot is None:
             eqn = self.free[value]
-            rule = self.rules.rule(eqn)
-            fitting = [s for s in strategies(rule, self.sizes) if s.outputs[0] == spec]
-            strategy = fitting[0] if fitting else make_strategy(rule, self._all_axes({}))
-            (slot,) = self._run(eqn, rule, strategy)
+            fitting = [s for s in self.rules.strategies(eqn, self.sizes) if s.outputs[0] == spec]
+            strategy = fitting[0] if fitting else self.rules.strategy(eqn, self._all_axes(()))
+            (slot,) = self._run(eqn, strategy)
             if slot.spec != spec:
                 slot = self._move(slot, spec, None)
             self.pieces[value, spec] = slot
@@ -320,7 +334,7 @@ class _Builder:
         inputs = self._entering(eqn.inputs, arrive, readers)
         carried = inside[parts.n_consts : parts.first_x]
         stacked = [_planned(self.plan, value) for value in eqn.outputs[parts.n_carry :]]
-        leave = [*carried, *(Spec(spec.dims[1:]) for spec in stacked)]
+        leave = [*carried, *(Spec(spec.dims[1:], spec.partial) for spec in stacked)]
         local = _Builder(self.plan, self.cost, self.rules).build(body, inside, leave)
         outputs = tuple(Slot(v, spec) for v, spec in zip(eqn.outputs, [*carried, *stacked], strict=True))
         self.instructions.append(Loop(eqn, local, inputs, outputs, parts.length))

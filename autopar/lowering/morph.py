@@ -71,12 +71,13 @@ def _moved(array: Any, sharding: jax.sharding.Sharding, donate: bool) -> jax.Arr
         return jax.device_put(array, sharding)  # JAX itself moves between processes
     if array.sharding == sharding:
         return array
-    keys = jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended)  # a few words
+    keys = jnp.issubdtype(array.dtype, jax.dtypes.extended)  # a few words
     if keys or array.sharding.is_equivalent_to(sharding, array.ndim):
         return jax.device_put(array, sharding)
     shards = {_box(shard.index, array.shape): shard for shard in array.addressable_shards}
     boxes, blocks = list(shards), []
     for device, index in sharding.addressable_devices_indices_map(array.shape).items():
+        assert index is not None  # every device of a sharding holds a part
         target = _box(index, array.shape)
         sent = []
         for part in parts(target, boxes):

@@ -1,7 +1,7 @@
 """Runs reshardings: the collectives of a path between two specs, inside ``jax.shard_map``."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -12,7 +12,7 @@ from autopar.sharding.moves import Step
 from autopar.spec import Sizes
 
 
-def execute(steps: Iterable[Step], x: jax.Array, sizes: Sizes, repeat: int = 0) -> jax.Array:
+def execute(steps: Sequence[Step], x: jax.Array, sizes: Sizes, repeat: int = 0) -> jax.Array:
     """The local value after ``steps``, on every device of a ``shard_map`` over the mesh.
 
     Args:
@@ -27,10 +27,17 @@ def execute(steps: Iterable[Step], x: jax.Array, sizes: Sizes, repeat: int = 0) 
         # The words of a key are one more dimension, after those that the steps name.
         words = execute(steps, jax.random.key_data(x), sizes, repeat)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+    if jnp.issubdtype(x.dtype, jnp.complexfloating) and any(step.kind in _SUMS for step in steps):
+        # XLA aborts where it folds a sum of complex constants, so that their parts are summed instead.
+        parts = execute(steps, jnp.stack([x.real, x.imag], -1), sizes, repeat)
+        return lax.complex(parts[..., 0], parts[..., 1])
     x = x.reshape((1,) * repeat + x.shape)
     for step in steps:
         x = _EXECUTE[step.kind](x, _shifted(step, repeat), sizes)
     return x.reshape(x.shape[repeat:])
+
+
+_SUMS = ("all_reduce", "reduce_scatter")
 
 
 def _shifted(step: Step, dims: int) -> Step:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -16,6 +17,7 @@ from autopar.ir.regions import ScanParts
 from autopar.lowering.local import run_local
 from autopar.lowering.local_program import Barrier, Branch, LocalProgram, Loop, Move, Run, Slot
 from autopar.lowering.reshard import execute
+from autopar.lowering.turns import in_turn
 from autopar.plan import Plan
 from autopar.spec import Spec
 
@@ -76,12 +78,32 @@ def run_instructions(local: LocalProgram, arguments: Sequence[Any]) -> list[Any]
             env.update(zip(instruction.outputs, blocks, strict=True))
         else:
             operands = [_array(x) if isinstance(x, Constant) else env[x] for x in instruction.inputs]
+            wanted = _wanted(instruction)
+            operands = [_term(*each) for each in zip(instruction.inputs, wanted, operands, strict=True)]
+            if isinstance(instruction, Run) and instruction.after is not None:
+                operands[0], _ = lax.optimization_barrier((operands[0], env[instruction.after]))
             env.update(zip(instruction.outputs, _results(instruction, operands, local.mesh), strict=True))
     return [_array(operand) if isinstance(operand, Constant) else env[operand] for operand in local.outputs]
 
 
 def _array(constant: Constant) -> Any:
-    return jax.numpy.asarray(constant.value, constant.aval.dtype)
+    return jnp.asarray(constant.value, constant.aval.dtype)
+
+
+def _wanted(instruction: Run | Loop | Branch) -> Sequence[Spec]:
+    """The spec in which an instruction reads each operand."""
+    if isinstance(instruction, Run):
+        return instruction.strategy.inputs
+    if isinstance(instruction, Loop):
+        return [slot.spec for slot in instruction.body.inputs]
+    return [Spec(())] * len(instruction.inputs)
+
+
+def _term(source: Slot | Constant, spec: Spec, block: Any) -> Any:
+    """A literal that enters as a partial sum stands on one device and is zero on the others."""
+    if isinstance(source, Slot) or not spec.partial or not source.value:
+        return block
+    return jnp.where(lax.axis_index(tuple(sorted(spec.partial))) == 0, block, jnp.zeros_like(block))
 
 
 def _results(instruction: Run | Loop | Branch, operands: list[Any], mesh: Mesh) -> list[Any]:
@@ -124,8 +146,10 @@ def lower(local: LocalProgram, mesh: jax.sharding.Mesh, donate: Sequence[int] = 
     in_specs = [slot.spec for slot in local.inputs]
     out_specs = [Spec(()) if isinstance(slot, Constant) else slot.spec for slot in local.outputs]
 
+    ordered = in_turn(local) if mesh.devices.flat[0].platform == "tpu" else local
+
     def step(*arguments: Any) -> list[Any]:
-        return run_instructions(local, arguments)
+        return run_instructions(ordered, arguments)
 
     mapped = jax.shard_map(
         step,

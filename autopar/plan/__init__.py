@@ -1,5 +1,5 @@
 """The plan: all that was decided, as plain data to read, diff, edit, save and run again. No JAX."""
 
-from autopar.plan.data import VERSION, Argument, Collective, Plan, Prediction, Solution, View
+from autopar.plan.data import VERSION, Argument, Collective, Plan, Prediction, Route, Solution, Splitting, View
 
-__all__ = ["VERSION", "Argument", "Collective", "Plan", "Prediction", "Solution", "View"]
+__all__ = ["VERSION", "Argument", "Collective", "Plan", "Prediction", "Route", "Solution", "Splitting", "View"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from autopar.cluster import Mesh
 from autopar.errors import PlanError
-from autopar.plan.data import VERSION, Argument, Collective, Plan, Prediction, Solution, View
+from autopar.plan.data import VERSION, Argument, Collective, Plan, Prediction, Route, Solution, Splitting, View
 from autopar.spec import Spec
 
 
@@ -58,6 +58,7 @@ def _encode(plan: Plan) -> dict[str, Any]:
         "preset": plan.preset,
         "pins": [list(pin) for pin in plan.pins],
         "provenance": dict(plan.provenance),
+        "splitting": asdict(plan.splitting),
         "prediction": asdict(plan.prediction),
         "solution": asdict(plan.solution),
         "arguments": [
@@ -72,7 +73,17 @@ def _encode(plan: Plan) -> dict[str, Any]:
             name: [_encode_spec(view.spec) | {"readers": list(view.readers)} for view in views]
             for name, views in plan.views.items()
         },
+        "routes": [
+            {"shape": list(route.shape), "itemsize": route.itemsize, "monoid": route.monoid}
+            | {"specs": [_encode_spec(spec) for spec in route.specs]}
+            for route in plan.routes
+        ],
     }
+
+
+def _decode_splitting(data: Mapping[str, Any]) -> Splitting:
+    chunk = tuple((pattern, dim, count) for pattern, dim, count in data.get("chunk", ()))
+    return Splitting(data.get("microbatches", 1), chunk, data.get("batch", ""), tuple(data.get("allow", ())))
 
 
 def _decode_plan(data: Mapping[str, Any]) -> Plan:
@@ -96,7 +107,12 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         },
         prediction=Prediction(**prediction, collectives=tuple(Collective(**c) for c in collectives)),
         solution=Solution(**solution),
+        routes=tuple(
+            Route(tuple(r["shape"]), r["itemsize"], r["monoid"], tuple(map(_decode_spec, r["specs"])))
+            for r in data["routes"]
+        ),
         preset=data["preset"],
         pins=tuple((pattern, spec) for pattern, spec in data["pins"]),
         provenance=data.get("provenance", {}),
+        splitting=_decode_splitting(data.get("splitting", {})),
     )

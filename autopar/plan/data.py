@@ -9,7 +9,7 @@ from autopar.cluster import Mesh
 from autopar.errors import PlanError
 from autopar.spec import Spec
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,34 @@ class View:
 
 
 @dataclass(frozen=True)
+class Route:
+    """How a value of some size gets from one spec to another; many values share one.
+
+    Attributes:
+        shape, itemsize: of the whole value, in elements and bytes per element.
+        monoid: how the terms of a partial value combine: sum, max, min, and, or.
+        specs: from the first to the last, one move apart.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    monoid: str
+    specs: tuple[Spec, ...]
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What the plan costs, on one device.
 
     Attributes:
-        step_s: predicted seconds of one step.
+        step_s: predicted seconds of one step, with what is sent while the device computes.
         compute_s: seconds of computation in it.
         communication_s: seconds of collectives in it.
         peak_bytes: the most memory in use at one time.
-        state_bytes: memory of the training state.
+        state_bytes: memory of the arguments: training state, batch and constants.
         flops: floating-point operations of one step.
         collectives: what is sent, by kind and axes.
+        on_chip_bytes: the most that temporaries take of the memory on the chip besides (TPU).
     """
 
     step_s: float
@@ -63,6 +80,12 @@ class Prediction:
     state_bytes: float
     flops: float
     collectives: tuple[Collective, ...]
+    on_chip_bytes: float = 0.0
+
+    @property
+    def serial_s(self) -> float:
+        """Seconds of a step in which nothing ran at the same time: what the solver minimises."""
+        return self.compute_s + self.communication_s
 
 
 @dataclass(frozen=True)
@@ -113,6 +136,24 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class Splitting:
+    """How a step is split over time before it is planned.
+
+    Attributes:
+        microbatches: parts of the batch, one after the other; totals over the batch are exact.
+        chunk: (pattern, dimension, parts) of values that are never made whole.
+        batch: pattern of the names of the arguments that have the batch as dimension 0; empty to guess.
+        allow: "recompute", to run layers again for a value of the whole batch; "ghost_batch_norm", to take statistics
+            that layers need from each microbatch.
+    """
+
+    microbatches: int = 1
+    chunk: tuple[tuple[str, int, int], ...] = ()
+    batch: str = ""
+    allow: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """A parallel program for one step on one mesh.
 
@@ -125,9 +166,11 @@ class Plan:
         values: spec of every value that is not free, by name (arguments too).
         equations: what each mesh axis splits in each equation: name -> ((axis, factor or linear group), ...).
         views: copies shared by several equations, by value name.
+        routes: how values get from spec to spec, as the prices of the planner had it: running asks no prices.
         prediction: what it costs.
         solution: how it was found.
         preset, pins: the restrictions it was solved under.
+        splitting: its microbatches and chunks; the names of its equations are those of the program so split.
         provenance: where it comes from: the command line's target and settings, to plan it again.
     """
 
@@ -141,14 +184,21 @@ class Plan:
     views: Mapping[str, tuple[View, ...]]
     prediction: Prediction
     solution: Solution
+    routes: tuple[Route, ...] = ()
     preset: str = ""
     pins: tuple[tuple[str, str], ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
+    splitting: Splitting = Splitting()
     version: int = VERSION
     runtime: Any = field(default=None, compare=False, repr=False)
     """What ``autopar.plan`` keeps so that the plan can explain and run itself; not saved."""
     place: Callable[["Plan"], Any] | None = field(default=None, compare=False, repr=False)
     """Lays the step's arguments out on the devices as the plan says: ``shardings``; not saved."""
+
+    @property
+    def microbatches(self) -> int:
+        """Into how many parts a step takes its batch, one after the other."""
+        return self.splitting.microbatches
 
     @property
     def params(self) -> dict[str, tuple[tuple[str, ...], ...]]:

@@ -111,13 +111,14 @@ def argument_rows(plan: Plan) -> tuple[list[Row], list[Row]]:
     ``opt_state/1/0/mu/embed/embedding`` of ``params/embed/embedding``.
     """
     known: dict[tuple[str, tuple[int, ...]], Argument] = {}
-    shown, alike = [], []
+    shown, alike = list[tuple[str, Argument]](), list[tuple[str, Argument]]()
     for argument in plan.arguments:
         parameter = _parameter_of(argument, known) if argument.state else None
+        of = argument.name if parameter is None else parameter.name
         if parameter is not None and parameter.spec == argument.spec:
-            alike.append(argument)
+            alike.append((of, argument))
             continue
-        shown.append(argument)
+        shown.append((of, argument))
         if argument.state and parameter is None and "/" in argument.name:
             known[argument.name.split("/", 1)[1], argument.shape] = argument
     return _grouped(shown, plan.mesh.sizes), _grouped(alike, plan.mesh.sizes)
@@ -129,10 +130,12 @@ def _parameter_of(argument: Argument, known: Mapping[tuple[str, tuple[int, ...]]
     return next((known[tail, argument.shape] for tail in tails if (tail, argument.shape) in known), None)
 
 
-def _grouped(arguments: list[Argument], sizes: Mapping[str, int]) -> list[Row]:
+def _grouped(arguments: list[tuple[str, Argument]], sizes: Mapping[str, int]) -> list[Row]:
+    """Rows of arguments that lie alike and belong to the same parameter, or to ones that differ in numbers."""
     groups: dict[tuple[object, ...], list[Argument]] = {}
-    for argument in arguments:
-        key = (re.sub(r"\d+", "*", argument.name), argument.shape, argument.dtype, argument.spec)
+    for of, argument in arguments:
+        depth, moment = argument.name.count("/"), of != argument.name
+        key = (re.sub(r"\d+", "*", of), depth, moment, argument.shape, argument.dtype, argument.spec)
         groups.setdefault(key, []).append(argument)
     return [
         Row(
@@ -146,12 +149,18 @@ def _grouped(arguments: list[Argument], sizes: Mapping[str, int]) -> list[Row]:
 
 
 def _common(names: list[str]) -> str:
-    """One name for several: the numbers in which they differ become a star.
+    """One name for several of the same depth: the numbers, or else the parts, in which they differ become a star.
 
-    >>> _common(["h_0/mlp/w", "h_1/mlp/w"]), _common(["opt/1/w"])
-    ('h_*/mlp/w', 'opt/1/w')
+    >>> _common(["h_0/mlp/w", "h_1/mlp/w"]), _common(["opt/1/w"]), _common(["opt/mu/h_0", "opt/nu/h_1"])
+    ('h_*/mlp/w', 'opt/1/w', 'opt/*/h_*')
     """
-    pieces = [re.split(r"(\d+)", name) for name in names]
+    return "/".join(map(_common_part, zip(*(name.split("/") for name in names), strict=True)))
+
+
+def _common_part(parts: tuple[str, ...]) -> str:
+    pieces = [re.split(r"(\d+)", part) for part in parts]
+    if len({tuple(piece[::2]) for piece in pieces}) > 1:
+        return "*"
     return "".join(column[0] if len(set(column)) == 1 else "*" for column in zip(*pieces, strict=True))
 
 
@@ -171,12 +180,21 @@ def sent(plan: Plan) -> list[Sent]:
     return sorted(found, key=lambda row: -row.nbytes)
 
 
+def restrictions(plan: Plan) -> list[str]:
+    """What the plan was asked to be: preset, pins, microbatches and chunks."""
+    found = [f"preset {plan.preset}"] if plan.preset else []
+    found += [f"pin {pattern}={spec}" for pattern, spec in plan.pins]
+    found += [f"{plan.microbatches} microbatches"] if plan.microbatches > 1 else []
+    found += [f"{name}[{dim}] in {count} parts" for name, dim, count in plan.splitting.chunk]
+    return found + [f"allow {name}" for name in plan.splitting.allow]
+
+
 def headline(plan: Plan) -> list[tuple[str, str]]:
     """Name and value of the figures that come first."""
     p = plan.prediction
-    restrictions = [f"preset {plan.preset}"] if plan.preset else []
-    restrictions += [f"pin {pattern}={spec}" for pattern, spec in plan.pins]
     time = f"{seconds(p.compute_s)} compute + {seconds(p.communication_s)} communication"
+    if p.serial_s > p.step_s * (1 + 1e-9):
+        time += f" - {seconds(p.serial_s - p.step_s)} at the same time"
     rows = [
         ("mesh", f"{plan.mesh} ({plan.mesh.n_devices} devices, {plan.hardware or 'given costs'})"),
         ("step", f"{seconds(p.step_s)} = {time}"),
@@ -184,4 +202,5 @@ def headline(plan: Plan) -> list[tuple[str, str]]:
         ("work", f"{flops(p.flops)} a device"),
         ("cost", f"{seconds(plan.solution.objective_s)}, {certificate(plan)}"),
     ]
-    return rows + ([("under", ", ".join(restrictions))] if restrictions else [])
+    asked = restrictions(plan)
+    return rows + ([("under", ", ".join(asked))] if asked else [])

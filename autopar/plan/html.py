@@ -11,6 +11,7 @@ from autopar.plan.figures import (
     flops,
     memory_by_cause,
     nbytes,
+    restrictions,
     seconds,
     sent,
 )
@@ -39,14 +40,14 @@ def page(plan: Plan) -> str:
     """Mesh, time and memory by cause, the layout of every argument, collectives."""
     p = plan.prediction
     title = f"{seconds(p.step_s)} a step on {plan.mesh.n_devices} devices ({plan.hardware or 'given costs'})"
-    time_s = {"compute": p.compute_s, "communication": p.communication_s}
+    time_s = {"compute": p.compute_s, "exposed communication": p.step_s - p.compute_s}
     parts = [
         f"<h4>{escape(title)}</h4>",
         _mesh(plan),
         f"<p>{escape(_summary(plan))}</p>",
         _bar(f"step: {seconds(p.step_s)}", {k: (v, seconds(v)) for k, v in time_s.items()}),
         _bar(
-            f"memory of a device at the peak: {nbytes(p.peak_bytes)}",
+            f"memory of a device at the peak: {nbytes(p.peak_bytes)}{_on_chip(plan)}",
             {k: (v, nbytes(v)) for k, v in memory_by_cause(plan).items()},
         ),
         _arguments(plan),
@@ -55,10 +56,13 @@ def page(plan: Plan) -> str:
     return f'<div class="autopar"><style>{STYLE}</style>{"".join(parts)}</div>'
 
 
+def _on_chip(plan: Plan) -> str:
+    held = plan.prediction.on_chip_bytes
+    return f", besides {nbytes(held)} on the chip" if held else ""
+
+
 def _summary(plan: Plan) -> str:
-    texts = [f"{flops(plan.prediction.flops)} a device", certificate(plan)]
-    texts += [f"preset {plan.preset}"] if plan.preset else []
-    texts += [f"pin {pattern}={spec}" for pattern, spec in plan.pins]
+    texts = [f"{flops(plan.prediction.flops)} a device", certificate(plan), *restrictions(plan)]
     unruled = ", ".join(name for name, _ in plan.solution.replicated_primitives)
     return "; ".join([*texts, f"without a rule: {unruled}"] if unruled else texts)
 

@@ -82,6 +82,8 @@ def memory_table(plan: Plan) -> Table:
     found = table("memory of a device at the peak", "cause|bytes", "bytes")
     for cause, total in memory_by_cause(plan).items():
         found.add_row(cause, nbytes(total))
+    if plan.prediction.on_chip_bytes:
+        found.add_row("besides, on the chip", nbytes(plan.prediction.on_chip_bytes))
     return found
 
 

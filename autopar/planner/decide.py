@@ -83,8 +83,8 @@ class Decisions:
             spec = self.space.specs(value.shape)[self.label[group.anchor]]
         else:
             units = {unit for use in readers if (unit := self.graph.reader(use)) is not None}
-            if len(readers) < 2 or len(units) > 1:
-                return None
+            if len({use.position for use in readers}) < 2 or len(units) > 1:
+                return None  # one equation may read its operands in two layouts
             (unit,) = units
             spec = self.space.input(unit, readers[0])[self.label[unit]]
         names = tuple(dict.fromkeys(equations[use.position].name for use in readers))

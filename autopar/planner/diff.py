@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from autopar.plan import Collective, Plan
+from autopar.plan.terminal import as_text
 from autopar.spec import Spec
 
 
@@ -72,6 +74,14 @@ class PlanDiff:
     def empty(self) -> bool:
         """Whether the plans decide the same."""
         return self.mesh[0] == self.mesh[1] and not self.modules and not self.collectives
+
+    def __rich__(self) -> Any:
+        from autopar.planner import pages
+
+        return pages.diff_page(self)
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
 
 
 def diff(before: Plan, after: Plan) -> PlanDiff:

@@ -3,12 +3,14 @@
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from autopar.errors import AutoparError, InfeasibleError, PinError
 from autopar.ir.program import Value
 from autopar.plan import Plan
+from autopar.plan.terminal import as_text
 from autopar.planner.graph import Graph
 from autopar.planner.pins import Masks, narrow
 from autopar.planner.search import Prepared
@@ -37,6 +39,50 @@ class Alternative:
     communication_s: float = 0.0
     peak_bytes: float = 0.0
     refused: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a value lies as it does.
+
+    Attributes:
+        plan: the plan.
+        name: of the value.
+        readers: names of the equations that read it.
+        alternatives: the layouts that it could have, the cheapest first.
+    """
+
+    plan: Plan
+    name: str
+    readers: tuple[str, ...]
+    alternatives: tuple[Alternative, ...]
+
+    def __rich__(self) -> Any:
+        from autopar.planner import pages
+
+        return pages.explanation_page(self)
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+
+def explained(
+    prepared: Prepared,
+    plan: Plan,
+    name: str,
+    masks: Masks,
+    replan: Replan,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Explanation:
+    """The explanation of one value; arguments and errors as for ``alternatives``."""
+    value, found = find_value(prepared.graph, name), list[Alternative]()
+    total = len(specs_of(prepared, value))
+    on_progress(f"alternative 1 of {total - 1}")
+    for one in alternatives(prepared, plan, name, masks, replan):
+        found.append(one)
+        on_progress(f"alternative {len(found)} of {total - 1}")
+    ordered = sorted(found, key=lambda one: (bool(one.refused), one.objective_s))
+    return Explanation(plan, name, readers_of(prepared.graph, value), tuple(ordered))
 
 
 def find_value(graph: Graph, name: str) -> Value:

@@ -14,11 +14,12 @@ piece that it needs.
 
 import math
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from autopar.cost import fusible
 from autopar.ir.program import Equation, Program, Value
-from autopar.ir.regions import AS_MADE, FlatProgram, flatten_regions
+from autopar.ir.regions import AS_MADE, LOOP_CARRY, LOOP_EXIT, FlatProgram, flatten_regions
+from autopar.planner.linear import useful_linear_groups
 from autopar.sharding.factors import ShardingRule, letters
 from autopar.sharding.lookup import RuleBook
 
@@ -144,7 +145,8 @@ class _Builder:
                     self.uses.setdefault(atom, []).append(Use(i, k))
         self.heavy = [i for i, eqn in enumerate(self.eqns) if eqn.primitive.name in HEAVY]
         self.free = self._free()
-        self.rules = _useful_linear_groups(program, self.rules, self.producer)
+        self.totals = self._totals()
+        self.rules = useful_linear_groups(program, self.rules, self.totals)
         self.carrier = self._carriers()
         self.parent = list(range(len(self.eqns)))
 
@@ -223,6 +225,21 @@ class _Builder:
             for layout in rule.operands
         ) and any(layout == result for layout in rule.operands)
 
+    def _totals(self) -> dict[Value, Value]:
+        """Carries of loops to which every iteration adds once: the carry inside, and what it becomes."""
+        found: dict[Value, Value] = {}
+        for repeat, carry in self.flat.ties:
+            (before,), (after,) = self.eqns[carry].outputs, self.eqns[repeat].inputs
+            readers = self._readers(before)
+            if len(readers) == 1 and readers[0].primitive.name in ("add", "add_any") and after in readers[0].outputs:
+                found[before] = readers[0].outputs[0]
+        return found
+
+    def _readers(self, value: Value) -> list[Equation]:
+        """The equations that read a value, but for the exit of the loop that carries it."""
+        readers = [self.eqns[use.position] for use in self.uses.get(value, ())]
+        return [eqn for eqn in readers if eqn.primitive is not LOOP_EXIT]
+
     def _carriers(self) -> tuple[bool, ...]:
         """Elementwise equations through which a partial sum may travel from a reduction towards its uses."""
         capable: list[bool] = []
@@ -237,9 +254,10 @@ class _Builder:
             }
             carries = any(set(full) == set(group) for group in rule.linear if group)
             carries = carries and all(
-                len(self.uses[value]) == 1 and value in self.producer and capable[self.producer[value]]
+                len(self._readers(value)) == 1 and value in self.producer and capable[self.producer[value]]
                 for value in full.values()
             )
+            carries = carries or (eqn.primitive is LOOP_CARRY and any(rule.linear))
             carrier.append(carries)
             capable.append(carries or (rule.monoid == "sum" and bool(rule.reduce)))
         return tuple(carrier)
@@ -357,22 +375,3 @@ def _rules(program: Program) -> tuple[tuple[ShardingRule, ...], tuple[Equation, 
     book = RuleBook()
     rules = tuple(book.rule(eqn) for eqn in program.equations)
     return rules, tuple(eqn for eqn in program.equations if book.find(eqn) is None)
-
-
-def _useful_linear_groups(
-    program: Program, rules: tuple[ShardingRule, ...], producer: dict[Value, int]
-) -> tuple[ShardingRule, ...]:
-    """Empties the linear groups that no partial sum reaches: reductions make one, linear equations pass it on."""
-    capable: set[Value] = set()
-    memo: dict[tuple[int, tuple[bool, ...]], ShardingRule] = {}
-    found = []
-    for eqn, rule in zip(program.equations, rules, strict=True):
-        useful = tuple(any(eqn.inputs[k] in capable for k in group) for group in rule.linear)
-        if any(useful) or (rule.reduce and rule.monoid == "sum"):
-            capable.update(eqn.outputs)
-        key = (id(rule), useful)
-        if key not in memo:
-            linear = tuple(g if u else () for g, u in zip(rule.linear, useful, strict=True))
-            memo[key] = replace(rule, linear=linear)
-        found.append(memo[key])
-    return tuple(found)

@@ -8,7 +8,7 @@ import numpy as np
 from autopar.cost import CostModel, rounds_products
 from autopar.ir.program import Value
 from autopar.planner.graph import Graph, Unit, Use
-from autopar.planner.pricing import Pricing, Residence, copies, residences
+from autopar.planner.pricing import Pricing, copies, residences
 from autopar.planner.space import Port, Space
 from autopar.sharding.reshard import reshard_matrix
 from autopar.solver import Problem, Usage
@@ -16,7 +16,11 @@ from autopar.solver import Problem, Usage
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """A value on its way between two units, ``times`` a step: what an edge of the solver's problem stands for."""
+    """A value on its way between two units, ``times`` a step: what an edge of the solver's problem stands for.
+
+    Where the reader's layout is that of one of the ``others``, in which the same equation reads the value too, it comes
+    with that one.
+    """
 
     source: Unit
     target: Unit
@@ -24,6 +28,7 @@ class Link:
     target_port: Port
     value: Value
     times: int
+    others: tuple[Port, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +40,6 @@ class Formulation:
         units: the unit of each node.
         index: node number by unit.
         links: what every resharding stands for.
-        residences: what every memory usage stands for.
         space: choices and ports.
         pricing: computation seconds.
     """
@@ -44,7 +48,6 @@ class Formulation:
     units: tuple[Unit, ...]
     index: Mapping[Unit, int]
     links: tuple[Link, ...]
-    residences: tuple[Residence, ...]
     space: Space
     pricing: Pricing
 
@@ -63,6 +66,7 @@ def links_of(graph: Graph, space: Space) -> list[Link]:
                 source, port = group.anchor, space.specs(value.shape)
                 found.append(Link(unit, source, made, port, value, _times(graph, group.uses[0])))
             seen: set[tuple[int, int]] = set()
+            read: dict[int, tuple[Port, ...]] = {}
             for use in group.uses:
                 reader = graph.reader(use)
                 if reader is None:
@@ -72,8 +76,10 @@ def links_of(graph: Graph, space: Space) -> list[Link]:
                 if key in seen:
                     continue
                 seen.add(key)
+                others = read.get(use.position, ())
+                read[use.position] = (*others, wanted)
                 if not (reader is source and wanted is port):
-                    found.append(Link(source, reader, port, wanted, value, _times(graph, use)))
+                    found.append(Link(source, reader, port, wanted, value, _times(graph, use), others))
     return found
 
 
@@ -95,7 +101,8 @@ class Formulator:
         """Seconds of resharding, (choices of source, choices of target)."""
         value = link.value
         monoid = self.graph.monoid(value)
-        key = (id(link.source_port), id(link.target_port), value.shape, value.itemsize, monoid, link.times)
+        ports = map(id, (link.source_port, link.target_port, *link.others))
+        key = (*ports, value.shape, value.itemsize, monoid, link.times)
         found = self._matrices.get(key)
         if found is None:
             rows, row_of = _unique(link.source_port)
@@ -103,7 +110,10 @@ class Formulator:
             small = reshard_matrix(rows, columns, value.shape, value.itemsize, self.cost, monoid)
             if monoid != "sum":  # only a partial sum may enter a linear equation
                 small = np.where([bool(spec.partial) for spec in columns], np.inf, small)
-            found = self._matrices[key] = np.ascontiguousarray(small[np.ix_(row_of, column_of)]) * link.times
+            found = np.ascontiguousarray(small[np.ix_(row_of, column_of)]) * link.times
+            for other in link.others:
+                found[:, [a == b for a, b in zip(other, link.target_port, strict=True)]] = 0.0
+            self._matrices[key] = found
         return found
 
     def tie(self, a: Unit, b: Unit) -> np.ndarray:
@@ -119,13 +129,8 @@ class Formulator:
         self,
         limit_bytes: float | None = None,
         allowed: Mapping[Unit, np.ndarray] | None = None,
-        *,
-        count_copies: bool = False,
     ) -> Formulation:
-        """The problem, with memory rows under ``limit_bytes`` and only the ``allowed`` choices (bool masks).
-
-        With ``count_copies`` the rows count what equations gather for themselves too: many more rows, seldom needed.
-        """
+        """The problem, with memory rows under ``limit_bytes`` and only the ``allowed`` choices (bool masks)."""
         units = self.graph.units
         index = {unit: i for i, unit in enumerate(units)}
         links = links_of(self.graph, self.space)
@@ -145,15 +150,14 @@ class Formulator:
             costs[i] = self._sums[key]
         for unit, mask in (allowed or {}).items():
             costs[index[unit]] = np.where(mask, costs[index[unit]], np.inf)
-        kept = residences(self.graph, self.space, self.pricing.materialised, rounds_products(self.cost))
-        if count_copies:
-            kept += copies(self.graph, self.space)
-        usages = self._usages(kept, index) if limit_bytes is not None else ()
+        usages = self._usages(index) if limit_bytes is not None else ()
         problem = Problem(tuple(costs), tuple(edges), usages, limit_bytes)
-        return Formulation(problem, units, index, tuple(links), tuple(kept), self.space, self.pricing)
+        return Formulation(problem, units, index, tuple(links), self.space, self.pricing)
 
-    def _usages(self, kept: list[Residence], index: Mapping[Unit, int]) -> tuple[Usage, ...]:
+    def _usages(self, index: Mapping[Unit, int]) -> tuple[Usage, ...]:
         """Memory rows: residences of one unit over the same equations are one usage."""
+        kept = residences(self.graph, self.space, self.pricing.materialised, rounds_products(self.cost))
+        kept += copies(self.graph, self.space)
         summed: dict[tuple[int, int, int], np.ndarray] = {}
         for r in kept:
             key = (index[r.unit], r.start, r.stop)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,14 +16,13 @@ from autopar.plan import Argument, Plan, Prediction, Solution
 from autopar.planner.decide import Decisions
 from autopar.planner.graph import Graph, Unit, build_graph
 from autopar.planner.intra import Formulation, Formulator
-from autopar.sharding.lookup import has_rule
+from autopar.sharding.lookup import RuleBook, has_rule
 from autopar.solver import Choice, NoChoiceError, Progress, solve
 
 UNKNOWN = Prediction(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, ())
 
 Masks = Mapping[Unit, np.ndarray]
-Restriction = Callable[[Graph, Formulator], Masks]
-"""A preset or a set of pins: which choices of which units stay allowed."""
+"""Which choices of which units stay allowed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +35,7 @@ class Prepared:
         formulator: their choices and prices on a mesh.
         fingerprint: of the program.
         build_s: seconds spent so far.
+        rules: the rules looked up so far, for the lowering of one plan after another.
     """
 
     traced: Traced
@@ -43,6 +43,7 @@ class Prepared:
     formulator: Formulator
     fingerprint: str
     build_s: float
+    rules: RuleBook = field(default_factory=RuleBook)
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,12 @@ class Limits:
         seconds: for the solver.
         relative_gap: the solver may stop when it is this close to the bound.
         on_progress: called while solving.
-        count_copies: count in memory what equations gather for themselves.
     """
 
     memory_bytes: float | None = None
     seconds: float = 60.0
     relative_gap: float = 1e-6
     on_progress: Callable[[Progress], None] | None = None
-    count_copies: bool = False
 
 
 def prepare(traced: Traced, cost: CostModel, *, strict: bool = False) -> Prepared:
@@ -87,7 +86,7 @@ def search(prepared: Prepared, limits: Limits, masks: Masks | None = None) -> tu
     """The cheapest plan under limits and masks; its prediction is still to be filled in.
 
     Raises:
-        InfeasibleError: nothing fits the memory; names the least that a plan needs and the values that make it.
+        InfeasibleError: nothing fits the memory; bears the least that a plan needs, as the solver counts it.
         PinError: the masks exclude every plan.
     """
     start = time.process_time()
@@ -99,7 +98,7 @@ def search(prepared: Prepared, limits: Limits, masks: Masks | None = None) -> tu
                 where=f"shape {unit.shape}, mesh {prepared.formulator.cost.mesh}",
                 fix="loosen the pins or the preset that restrict it",
             )
-    formulation = prepared.formulator.formulate(limits.memory_bytes, masks, count_copies=limits.count_copies)
+    formulation = prepared.formulator.formulate(limits.memory_bytes, masks)
     built = time.process_time()
     try:
         choice = solve(
@@ -109,7 +108,7 @@ def search(prepared: Prepared, limits: Limits, masks: Masks | None = None) -> tu
             on_progress=limits.on_progress,
         )
     except NoChoiceError as error:
-        raise _explained(error, formulation, limits) from error
+        raise _explained(error, limits) from error
     plan = _plan(prepared, formulation, choice)
     seconds = (prepared.build_s + built - start, time.process_time() - built)
     return plan_with_times(plan, *seconds), formulation, choice
@@ -120,18 +119,17 @@ def plan_with_times(plan: Plan, build_s: float, solve_s: float) -> Plan:
     return replace(plan, solution=replace(plan.solution, build_s=build_s, solve_s=solve_s))
 
 
-def _explained(error: NoChoiceError, formulation: Formulation, limits: Limits) -> InfeasibleError | PinError:
-    if not np.isfinite(error.least_bytes) or limits.memory_bytes is None:
+def _explained(error: NoChoiceError, limits: Limits) -> InfeasibleError | PinError:
+    least_bytes, limit_bytes = error.least_bytes, limits.memory_bytes
+    if limit_bytes is None or least_bytes == np.inf:
         return PinError("the pins exclude every plan", fix="loosen the pins or the preset")
-    names = dict.fromkeys(
-        r.value.name for node in error.nodes for r in formulation.residences if formulation.index[r.unit] == node
-    )
-    largest = ", ".join(list(names)[:5])
+    if least_bytes == -np.inf:
+        what = f"no plan within {limit_bytes / 1e9:.4g} GB a device was found in {limits.seconds:.3g} s"
+        return InfeasibleError(what, fix="give more --seconds, raise --memory-gb, or use more devices")
     return InfeasibleError(
-        f"no plan fits {limits.memory_bytes / 1e9:.4g} GB a device: "
-        f"any plan needs at least {error.least_bytes / 1e9:.4g} GB",
-        where=f"at the peak: {largest}",
+        f"no plan fits {limit_bytes / 1e9:.4g} GB a device: any plan needs at least {least_bytes / 1e9:.4g} GB",
         fix="raise --memory-gb, use more devices, or make the batch smaller",
+        least_bytes=least_bytes,
     )
 
 

@@ -1,6 +1,6 @@
 """From an equation to its rule, once per distinct signature: a large step has many equations and few signatures."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from autopar.errors import RuleError
@@ -8,6 +8,8 @@ from autopar.ir.program import Constant, Equation
 from autopar.sharding import rules as _families  # noqa: F401  fills the tables
 from autopar.sharding.factors import ShardingRule, check_shapes
 from autopar.sharding.registry import SHARDING_RULES
+from autopar.sharding.strategies import Split, Strategy, make_strategy, strategies
+from autopar.spec import Sizes
 
 
 def signature(eqn: Equation) -> Hashable:
@@ -58,12 +60,15 @@ def has_rule(eqn: Equation) -> bool:
 
 
 class RuleBook:
-    """The rules of one program's equations, found once per signature."""
+    """The rules of one program's equations and what follows from them, found once per signature."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, ShardingRule | None] = {}
         self._replicated: dict[Hashable, ShardingRule] = {}
+        self._rules: dict[Equation, ShardingRule] = {}
         self._monoids: dict[object, str] = {}
+        self._made: dict[tuple[int, tuple[tuple[str, Split], ...]], Strategy] = {}
+        self._all: dict[tuple[int, tuple[tuple[str, int], ...]], tuple[Strategy, ...]] = {}
 
     def find(self, eqn: Equation) -> ShardingRule | None:
         """The rule, or None where the equation must be replicated."""
@@ -74,12 +79,31 @@ class RuleBook:
 
     def rule(self, eqn: Equation) -> ShardingRule:
         """The rule, that of a replicated equation where there is none; equal signatures get the same object."""
+        if eqn in self._rules:
+            return self._rules[eqn]
         rule = self.find(eqn)
         if rule is None:
             rule = self._replicated.setdefault(signature(eqn), replicated_rule(eqn))
         if rule.monoid != "sum":
             self._monoids.update(dict.fromkeys(eqn.outputs, rule.monoid))
+        self._rules[eqn] = rule
         return rule
+
+    def strategy(self, eqn: Equation, splits: Mapping[str, Split]) -> Strategy:
+        """The strategy of an equation in which each axis does what ``splits`` says, in mesh order."""
+        rule = self.rule(eqn)
+        key = (id(rule), tuple(splits.items()))
+        if key not in self._made:
+            self._made[key] = make_strategy(rule, dict(splits))
+        return self._made[key]
+
+    def strategies(self, eqn: Equation, sizes: Sizes) -> tuple[Strategy, ...]:
+        """Every strategy of an equation on a mesh, the replicated one first."""
+        rule = self.rule(eqn)
+        key = (id(rule), tuple(sizes.items()))
+        if key not in self._all:
+            self._all[key] = strategies(rule, sizes)
+        return self._all[key]
 
     def monoid(self, value: object) -> str:
         """How the terms of a value combine, once the rule of the equation that makes it was asked for."""

@@ -8,7 +8,9 @@ moves cost.
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +20,7 @@ from autopar.errors import SpecError
 from autopar.sharding.moves import FREE_KINDS, Axes, Step, spec_graph
 from autopar.spec import Spec
 
-__all__ = ["CommunicationCost", "Resharding", "Step", "plan_reshard", "reshard_matrix"]
+__all__ = ["CommunicationCost", "Resharding", "Step", "follow", "plan_reshard", "reshard_matrix"]
 
 MOVE_S = 1e-12
 """Seconds added to every move, so that of equally priced reshardings the one with fewer moves wins."""
@@ -48,10 +50,14 @@ class Resharding:
     Attributes:
         steps: the moves, in order; empty when nothing moves.
         cost_s: their seconds; infinite, without steps, where there is no path.
+        specs: the source, and the spec after each move; axes of size 1 are left out.
+        monoid: how the terms of a partial value combine.
     """
 
     steps: tuple[Step, ...]
     cost_s: float
+    specs: tuple[Spec, ...]
+    monoid: str
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.steps)) or ("nothing" if math.isfinite(self.cost_s) else "inadmissible")
@@ -84,6 +90,29 @@ def plan_reshard(
     """
     problem = _problem(tuple(shape), itemsize, cost.mesh, monoid)
     return _path(problem, _node(source, problem, cost.mesh), _node(target, problem, cost.mesh), cost)
+
+
+def follow(
+    specs: Sequence[Spec], shape: tuple[int, ...], itemsize: int, cost: CommunicationCost, monoid: str
+) -> Resharding:
+    """The moves along ``specs``, each one move from the one before; the other arguments as for ``plan_reshard``.
+
+    Raises:
+        SpecError: no single move leads from one of the specs to the next.
+    """
+    problem = _problem(tuple(shape), itemsize, cost.mesh, monoid)
+    graph = spec_graph(problem.rank, problem.axes, monoid)
+    nodes = [_node(spec, problem, cost.mesh) for spec in specs]
+    steps, cost_s = [], 0.0
+    for source, target in ((a, b) for a, b in pairwise(nodes) if a != b):
+        edge = graph.edge[source, target]
+        if edge < 0:
+            what = f"no single move leads from {graph.specs[source]} to {graph.specs[target]}"
+            where = f"a value of shape {shape}, mesh {cost.mesh}"
+            raise SpecError(what, where=where, fix="plan this program again")
+        steps.append(graph.move(source, target, problem.nbytes))
+        cost_s += _price_s(*graph.prices[graph.price_of[edge]], problem.nbytes, cost)
+    return Resharding(tuple(steps), cost_s, tuple(graph.specs[node] for node in nodes), monoid)
 
 
 @functools.lru_cache(maxsize=256)
@@ -199,10 +228,11 @@ def _path(problem: _Problem, source: int, target: int, cost: CommunicationCost) 
     graph, distances = spec_graph(problem.rank, problem.axes, problem.monoid), _distances(problem, cost)
     rest_s = distances.total_s[:, distances.place[target]]
     cost_s = float(rest_s[distances.place[source]])
-    steps, here = [], source
+    steps, here, passed = [], source, [graph.specs[source]]
     while math.isfinite(cost_s) and here != target:
         move_s = distances.price_s[graph.price_of[graph.edge[here, distances.nodes]]]
         after = int(distances.nodes[np.argmin(move_s + rest_s[:-1])])
         steps.append(graph.move(here, after, problem.nbytes))
         here = after
-    return Resharding(tuple(steps), cost_s)
+        passed.append(graph.specs[here])
+    return Resharding(tuple(steps), cost_s, tuple(passed), problem.monoid)

@@ -1,7 +1,6 @@
 """Every way to run one equation on a mesh: each axis splits at most one factor, or carries a partial sum."""
 
 import itertools
-import math
 from dataclasses import dataclass
 
 from autopar.sharding.factors import Layout, ShardingRule
@@ -92,8 +91,3 @@ def strategies(rule: ShardingRule, sizes: Sizes) -> tuple[Strategy, ...]:
         if divisible and all(_contiguous(v, parts, rule) for v in (*rule.operands, *rule.results)):
             found.append(make_strategy(rule, splits))
     return tuple(found)
-
-
-def local_size(rule: ShardingRule, strategy: Strategy, sizes: Sizes, factor: str) -> int:
-    """Elements of ``factor`` that one device computes."""
-    return rule.sizes[factor] // math.prod(sizes[axis] for axis in strategy.axes_of(factor))

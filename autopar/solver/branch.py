@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from autopar.solver.clock import Budget
 from autopar.solver.milp import ROUNDING, Polytope, polytope, solve_polytope, violated_rows
 from autopar.solver.presolve import simplify
 from autopar.solver.problem import NoChoiceError, Problem
@@ -37,22 +37,20 @@ class Outcome:
 
 @dataclass
 class _Program:
-    """A polytope with its growing list of memory rows, and when to stop: at a time, at a relative gap."""
+    """A polytope with its growing list of memory rows, and when to stop."""
 
     poly: Polytope
     rows: Rows | None
     listed: list[int]
-    remaining: Callable[[], float]
-    poll: Callable[[], None]
+    budget: Budget
     gap: float
 
 
 def integer_program(
     problem: Problem,
     tables: Tables,
+    budget: Budget,
     *,
-    remaining: Callable[[], float],
-    poll: Callable[[], None] = lambda: None,
     cutoff: float = math.inf,
     gap: float = 0.0,
 ) -> Outcome:
@@ -61,8 +59,7 @@ def integer_program(
     Args:
         problem: costs in whole quanta.
         tables: the store.
-        remaining: seconds left.
-        poll: called while waiting; it may raise.
+        budget: the time there is.
         cutoff: stop when the bound reaches this cost.
         gap: stop at this relative gap.
     """
@@ -71,9 +68,9 @@ def integer_program(
     except NoChoiceError:
         return Outcome(None, math.inf)
     rows = rows_of(reduced) if reduced.limit is not None else None
-    program = _Program(polytope(reduced), rows, [], remaining, poll, gap)
+    program = _Program(polytope(reduced), rows, [], budget, gap)
     shares, bound = _relax(program, cutoff)
-    if math.isinf(bound) or bound >= cutoff or shares is None:
+    if bound >= cutoff or shares is None:
         return Outcome(None, bound)
     chosen = _whole(program, shares)
     if chosen is None:
@@ -85,11 +82,9 @@ def _relax(program: _Program, cutoff: float) -> tuple[np.ndarray | None, float]:
     """The linear relaxation over all rows: ``(shares, bound)``."""
     bound = -math.inf
     for _ in range(ROUNDS):
-        if program.remaining() <= 0.0:
+        if program.budget.remaining() <= 0.0:
             return None, bound
-        answer = solve_polytope(
-            program.poly, _memory(program), integral=False, seconds=program.remaining(), poll=program.poll
-        )
+        answer = solve_polytope(program.poly, _memory(program), program.budget, integral=False)
         bound = max(bound, answer.bound)
         if answer.values is None or not answer.finished or bound >= cutoff:
             return None, bound
@@ -107,11 +102,10 @@ def _branch(program: _Program, bound: float) -> tuple[list[int] | None, float]:
     """The integer program over all rows: ``(choice, bound)``."""
     tighten = 0.0
     for _ in range(ROUNDS):
-        if program.remaining() <= 0.0:
+        if program.budget.remaining() <= 0.0:
             return None, bound
         memory = _memory(program, tighten)
-        seconds, poll, gap = program.remaining(), program.poll, program.gap
-        answer = solve_polytope(program.poly, memory, integral=True, seconds=seconds, poll=poll, gap=gap)
+        answer = solve_polytope(program.poly, memory, program.budget, integral=True, gap=program.gap)
         if not tighten:
             bound = max(bound, answer.bound)
         if answer.values is None:

@@ -25,9 +25,6 @@ PENALTY_GROWTH, MOST_GROWTH = 8.0, 1e9
 MOST_ITERATIONS = 200
 # The master mixes this many of the latest choices; older ones go unless they are part of the mixture.
 MOST_COLUMNS = 60
-FIRST_RATE, LAST_RATE, LEAST_PRICE = 1.5, 0.005, 1e-9
-RATE_DECAY, SLOW_DECAY, LEAST_EXCESS = 0.8, 0.995, 0.02
-STALL_STEPS, STALL_GAIN = 30, 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,48 +151,6 @@ def _ascend(
             break
     _forget(dual)
     return False
-
-
-def maximise_by_weights(priced: Priced, *, on_step: Callable[[Dual, Column], bool], iterations: int) -> Dual:
-    """Raise the dual by multiplicative weights, for relaxed solvers that only bound.
-
-    A row's price grows with its overload and shrinks with its slack, by factors that approach one (Arora,
-    Hazan and Kale 2012); each step needs one warm sweep.
-
-    Args:
-        priced: the relaxed solver.
-        on_step: told of each column; True stops.
-        iterations: steps to take.
-    """
-    rows = priced.rows
-    column, bound = priced.solve(np.zeros(len(rows.times)))
-    dual = Dual(bound, np.zeros(len(rows.times)), [column], [1.0], iterations=1)
-    if on_step(dual, column) or not len(rows.times):
-        return dual
-    limit = max(rows.limit, 1e-300)
-    prices = np.full(len(rows.times), 1e-4 * max(abs(column.cost), 1.0) / limit / len(rows.times))
-    overload, rate, over = np.zeros(len(rows.times)), FIRST_RATE, True
-    trail = [bound]
-    for _ in range(iterations):
-        excess = column.usage / limit - 1.0
-        worst = float(excess.max())
-        overload = (overload + np.clip(excess / max(abs(worst), LEAST_EXCESS), -1.0, 1.0)) / 2
-        # Full steps until the worst row changes sides, ever smaller ones after each change.
-        rate = max(rate * (RATE_DECAY if (worst > 0.0) != over else SLOW_DECAY), LAST_RATE)
-        over = worst > 0.0
-        prices = prices * np.exp(rate * overload)
-        prices = np.maximum(prices, prices.max() * LEAST_PRICE)
-        trial = priced.pricing.round(prices)
-        column, bound = priced.solve(trial)
-        dual.iterations += 1
-        dual.columns = [*dual.columns[-MOST_COLUMNS:], column]
-        if bound > dual.bound:
-            dual.bound, dual.prices = bound, trial
-        trail.append(dual.bound)
-        stalled = len(trail) > STALL_STEPS and trail[-1] - trail[-STALL_STEPS] <= STALL_GAIN * abs(trail[-1])
-        if on_step(dual, column) or stalled:
-            break
-    return dual
 
 
 def _forget(dual: Dual) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
 
+from autopar.solver.clock import ENTRY_S, Budget
 from autopar.solver.problem import Problem
 from autopar.solver.rows import Rows
 
@@ -101,13 +102,19 @@ def entries_of(problem: Problem) -> int:
     return sum(seen[id(matrix)] for _, _, matrix in problem.edges)
 
 
+def highest_cost(problem: Problem) -> float:
+    """An upper bound on the cost of every choice of finite cost."""
+    tables = [*problem.nodes, *(matrix for _, _, matrix in problem.edges)]
+    largest = {id(table): float(table.max(where=np.isfinite(table), initial=-math.inf)) for table in tables}
+    return sum(largest[id(table)] for table in tables) + 1.0
+
+
 def solve_polytope(
     poly: Polytope,
     memory: tuple[Rows, list[int], float] | None,
+    budget: Budget,
     *,
     integral: bool,
-    seconds: float,
-    poll: Callable[[], None] = lambda: None,
     gap: float = 0.0,
 ) -> Answer:
     """Solve the integer program or its relaxation under the memory rows listed.
@@ -115,31 +122,42 @@ def solve_polytope(
     Args:
         poly: the polytope.
         memory: the rows, the indices of those to impose, and by what fraction to tighten the limit.
+        budget: the time there is; its ``poll`` may raise to leave (HiGHS itself then ends at its time limit).
         integral: whether choices must be whole.
-        seconds: time limit.
-        poll: called while HiGHS works; it may raise to leave (HiGHS itself then ends at its time limit).
         gap: stop at this relative gap.
     """
     finite = np.isfinite(poly.costs)
     scale = OBJECTIVE_SCALE / max(np.abs(poly.costs[finite]).max(initial=0.0), 1e-300)
-    model = mathopt.Model.from_model_proto(_proto(poly, memory, integral, np.where(finite, poly.costs * scale, 0.0)))
+    model = mathopt.Model.from_model_proto(proto_of(poly, memory, integral, np.where(finite, poly.costs * scale, 0.0)))
     choice = [model.get_variable(index) for index in range(poly.n_choice)]
     extra = mathopt.ModelSolveParameters(
         variable_values_filter=mathopt.VariableFilter(filtered_items=choice),
         dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=[]),
     )
-    limits = mathopt.SolveParameters(
-        time_limit=datetime.timedelta(seconds=max(seconds, 0.1)),
-        relative_gap_tolerance=max(gap, LEAST_GAP),
-        absolute_gap_tolerance=0.0,
-    )
-    result = _run_highs(model, limits, extra, poll)
+    limits = _limits(budget, len(poly.value), max(gap, LEAST_GAP))
+    result = _run_highs(model, limits, extra, budget.poll)
+    steps = result.solve_stats.simplex_iterations + result.solve_stats.node_count
+    budget.clock.work((1 + steps) * len(poly.value))
     return _answer(result, choice, scale)
 
 
-def _proto(
+def _limits(budget: Budget, nonzeros: int, gap: float) -> mathopt.SolveParameters:
+    """Time, or where work is counted the steps that it stands for."""
+    seconds = max(budget.remaining(), 0.1)
+    limits = mathopt.SolveParameters(relative_gap_tolerance=gap, absolute_gap_tolerance=0.0)
+    if budget.clock.counts_work:
+        # HiGHS takes 32-bit numbers.
+        most = min(1 + int(seconds / (ENTRY_S * max(nonzeros, 1))), 2**31 - 1)
+        limits.node_limit = most
+    else:
+        limits.time_limit = datetime.timedelta(seconds=seconds)
+    return limits
+
+
+def proto_of(
     poly: Polytope, memory: tuple[Rows, list[int], float] | None, integral: bool, costs: np.ndarray
 ) -> model_pb2.ModelProto:
+    """MathOpt's model of a polytope with some memory rows, built in bulk; ``costs`` are finite ones in its place."""
     proto, n = model_pb2.ModelProto(), len(poly.costs)
     whole = np.zeros(n, bool)
     whole[: poly.n_choice] = integral

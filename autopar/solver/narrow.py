@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +24,12 @@ SWEEPS_PER_LOOK = 5
 EASY_ENTRIES, NEAR_ENTRIES = 20_000, 100_000
 # Strategies that add at most this share of the bound are near the optimum at prices.
 NEAR_SHARE = 1e-5
-# The first guess of the optimum as a share of the gap, the factor between guesses, the time for each.
-FIRST_GUESS, NEXT_GUESS, GUESS_S = 1 / 32, 2.0, 6.0
+# The first guess of the optimum as a share of the gap, the factor between guesses, the time for each, their number.
+FIRST_GUESS, NEXT_GUESS, GUESS_S, MOST_GUESSES = 1 / 32, 2.0, 6.0, 10
+# The integer program closes what is at most this large; beyond, its relaxation alone takes minutes.
+MILP_ENTRIES = 400_000
+# Shares of the time left: for programs near the optimum, for guesses, for an easy program before any other.
+NEAR_TIME, GUESS_TIME, EASY_TIME = 0.2, 0.3, 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,49 +37,73 @@ class Settled:
     """Messages that can hardly raise the bound any more.
 
     Args:
-        sweeps: the messages.
-        costs: table id of each node's costs at the prices.
+        prune: what can be part of a choice that costs at most so much more than the bound: the strategies to
+            keep of each node, and the matrix of each edge.
+        ends: the two nodes of each edge, in the order of the matrices.
         bound: in quanta.
     """
 
-    sweeps: Sweeps
-    costs: list[int]
+    prune: Callable[[float], tuple[list[np.ndarray], list[np.ndarray]]]
+    ends: list[tuple[int, int]]
     bound: float
 
 
-def settle(part: Part, priced: Priced, dual: Dual) -> Settled:
-    """Message passing at the best prices known until it stalls."""
-    search = part.search
-    search.begin("message passing at prices")
-    warm = priced.relaxation
-    sweeps = warm if isinstance(warm, Sweeps) else Sweeps(part.problem, search.tables)
-    costs = priced.pricing.costs(dual.prices)
-    paid, bound, before = float(dual.prices.sum()) * priced.rows.limit, -math.inf, -math.inf
+def settle(part: Part, sweep: Callable[[], float]) -> float:
+    """Message passing until it stalls; the bound in quanta after the last sweep."""
+    search, bound, before = part.search, -math.inf, -math.inf
     for _ in range(MOST_SWEEPS // SWEEPS_PER_LOOK):
         for _ in range(SWEEPS_PER_LOOK):
             search.poll()
-            bound = sweeps.sweep(costs) - paid
+            bound = sweep()
         part.raise_bound(bound)
         if bound - before <= STALLED_SHARE * min(search.objective / part.quantum - bound, abs(bound)):
             break
         before = bound
-    return Settled(sweeps, costs, bound)
+    return bound
+
+
+def settle_priced(part: Part, priced: Priced, dual: Dual) -> Settled:
+    """Message passing at the best prices that elimination found."""
+    part.search.begin("message passing at prices")
+    sweeps = Sweeps(part.problem, part.search.tables)
+    costs, paid = priced.pricing.costs(dual.prices), float(dual.prices.sum()) * priced.rows.limit
+    bound = settle(part, lambda: sweeps.sweep(costs) - paid)
+    return Settled(lambda room: sweeps.prune(costs, room), sweeps.ends, bound)
+
+
+def close_settled(part: Part, settled: Settled, choices: Sequence[Sequence[int]]) -> bool:
+    """Integer programs, from the choices met to all that the gap leaves; whether nothing better is left."""
+    search = part.search
+    branch_near(part, settled, choices, NEAR_TIME * search.remaining())
+    if not search.done():
+        guess_the_gap(part, settled, GUESS_TIME * search.remaining())
+    for last in (False, True):
+        if search.done():
+            return False
+        smaller = prune_by_gap(part, settled)
+        if smaller is None:
+            return True
+        entries = search.stats["pruned_edge_entries"] = entries_of(smaller.problem)
+        most, share = (MILP_ENTRIES, 1.0) if last else (EASY_ENTRIES, EASY_TIME)
+        if entries <= most and branch_whole(smaller, share * search.remaining()):
+            return True
+    return False
 
 
 def prune_by_gap(part: Part, settled: Settled) -> Part | None:
     """What can be part of a better choice than the incumbent; None when nothing is left."""
-    return pruned(part, settled.sweeps, settled.costs, part.room(settled.bound))
+    return pruned(part, settled, part.room(settled.bound))
 
 
-def pruned(part: Part, sweeps: Sweeps, costs: list[int], room: float) -> Part | None:
+def pruned(part: Part, settled: Settled, room: float) -> Part | None:
     """The part without what costs more than ``room`` quanta above the bound of the last sweep; None if all does."""
     if math.isinf(room):
         return part
     search, problem = part.search, part.problem
-    kept, matrices = sweeps.prune(costs, room)
+    kept, matrices = settled.prune(room)
     if any(len(labels) == 0 for labels in kept):
         return None
-    edges = tuple((u, v, search.tables.shared(m)) for (u, v), m in zip(sweeps.ends, matrices, strict=True))
+    edges = tuple((u, v, search.tables.shared(m)) for (u, v), m in zip(settled.ends, matrices, strict=True))
     search.poll()
     try:
         fewer, back = restrict(Problem(problem.nodes, edges, problem.usages, problem.limit), search.tables, kept)
@@ -94,46 +121,51 @@ def guess_the_gap(part: Part, settled: Settled, seconds: float) -> None:
     """
     search, bound = part.search, settled.bound
     search.begin("guessing the gap")
-    end = time.perf_counter() + seconds
+    end = search.now() + seconds
     room = max(min(part.room(bound), abs(bound)) * FIRST_GUESS, search.target_gap * abs(bound), 1.0)
-    while not search.done() and room < part.room(bound) and time.perf_counter() < end:
-        smaller = pruned(part, settled.sweeps, settled.costs, room)
+    for _ in range(MOST_GUESSES):
+        if search.done() or room >= part.room(bound) or search.now() >= end:
+            return
+        smaller = pruned(part, settled, room)
         if smaller is None:
             part.raise_bound(bound + room)
         elif entries_of(smaller.problem) > EASY_ENTRIES:
             return
         else:
-            branch_whole(smaller, min(GUESS_S, end - time.perf_counter()), bound + room)
+            branch_whole(smaller, min(GUESS_S, end - search.now()), bound + room)
         room *= NEXT_GUESS
 
 
-def branch_near(part: Part, settled: Settled, dual: Dual, seconds: float) -> None:
+def choices_met(dual: Dual) -> list[list[int]]:
+    """The choices that the best prices mix, or the latest where nothing was mixed."""
+    met = [column for column, share in zip(dual.columns, dual.mixture, strict=False) if share > 0.0]
+    return [column.strategies for column in (met if len(met) > 1 else dual.columns)]
+
+
+def branch_near(part: Part, settled: Settled, choices: Sequence[Sequence[int]], seconds: float) -> None:
     """Integer programs over the strategies of choices met, then over those near the optimum at prices."""
     search = part.search
     search.begin("integer program near the optimum")
-    end = time.perf_counter() + seconds
-    met = [column for column, share in zip(dual.columns, dual.mixture, strict=False) if share > 0.0]
-    # Weights give no mixture: there the latest choices stand for it.
-    choices = [column.strategies for column in (met if len(met) > 1 else dual.columns)]
-    near, _ = settled.sweeps.prune(settled.costs, NEAR_SHARE * abs(settled.bound))
-    _branch_within(part, choices, [np.zeros(0, np.int64)] * len(near), end)
+    end = search.now() + seconds
+    near, _ = settled.prune(NEAR_SHARE * abs(settled.bound))
+    branch_within(part, choices, [np.zeros(0, np.int64)] * len(near), end)
     if not search.done():
-        _branch_within(part, [], near, end)
+        branch_within(part, [], near, end)
 
 
-def _branch_within(part: Part, choices: list[list[int]], more: list[np.ndarray], end: float) -> None:
+def branch_within(part: Part, choices: Sequence[Sequence[int]], more: list[np.ndarray], end: float) -> None:
     """The integer program over the strategies of some choices, of the incumbent, and some more of each node."""
     choices = [*choices, part.best] if part.best is not None else choices
     some = np.array(choices, np.int64).reshape(len(choices), len(more)).T
     kept = [np.unique(np.concatenate(pair)) for pair in zip(some, more, strict=True)]
-    tables, poll, gap = part.search.tables, part.search.poll, part.search.target_gap / 4
+    tables, gap = part.search.tables, part.search.target_gap / 4
     small, back = restrict(part.problem, tables, kept)
     try:
         reduced, lift = simplify(small, tables)
     except NoChoiceError:
         return
     if entries_of(reduced) <= NEAR_ENTRIES:
-        outcome = integer_program(reduced, tables, remaining=until(end), poll=poll, gap=gap)
+        outcome = integer_program(reduced, tables, part.search.budget(end), gap=gap)
         if outcome.strategies is not None:
             part.offer(back(lift(outcome.strategies)))
 
@@ -149,21 +181,16 @@ def branch_whole(part: Part, seconds: float, ceiling: float = math.inf) -> bool:
     search = part.search
     search.begin("integer program")
     # HiGHS overruns its limit a little, and must return before time is up for its incumbent to count.
-    end = time.perf_counter() + min(seconds, 0.95 * search.remaining() - 0.2)
+    end = search.now() + min(seconds, 0.95 * search.remaining() - 0.2)
     outcome = integer_program(
         part.problem,
         search.tables,
-        remaining=until(end),
-        poll=search.poll,
+        search.budget(end),
         cutoff=search.objective / part.quantum,
         gap=search.target_gap,
     )
     part.raise_bound(min(outcome.bound, ceiling))
     if outcome.strategies is not None:
         part.offer(outcome.strategies)
-    return math.isinf(outcome.bound)
-
-
-def until(end: float) -> Callable[[], float]:
-    """Seconds left until a time."""
-    return lambda: end - time.perf_counter()
+    # Without time the bound is -inf, which proves nothing.
+    return outcome.bound == math.inf

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from autopar.solver.clock import Budget, Clock
 from autopar.solver.draft import Lift
 from autopar.solver.eliminate import WIDE_ENTRIES
 from autopar.solver.milp import ROUNDING
@@ -19,8 +19,28 @@ from autopar.solver.tables import FREE_QUANTA_BITS, QUANTA_BITS, Tables, largest
 PROVEN_GAP, MOST_ROUNDING_GAP = 1e-9, 1e-8
 
 
+# Numbers (8 bytes each) that may be kept for the next solve.
+KEPT_ENTRIES = 60_000_000
+
+
 class Stopped(Exception):
     """Time is up, or the caller said stop."""
+
+
+class Warm:
+    """What one solve leaves for the next on nearly the same problem: computed tables, and their quantum.
+
+    Pass the same object to ``solve`` again and again: where only a pin has changed since, almost all tables are
+    found computed.
+    """
+
+    def __init__(self) -> None:
+        self.tables, self.quantum = Tables(), 0.0
+
+    def shed(self) -> None:
+        """Start anew where too much is held."""
+        if self.tables.entries > KEPT_ENTRIES:
+            self.tables = Tables()
 
 
 class Search:
@@ -30,13 +50,24 @@ class Search:
     tables of exact elimination; what would need larger ones is solved by other means.
     """
 
-    def __init__(self, problem: Problem, seconds: float, target_gap: float) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        seconds: float,
+        target_gap: float,
+        clock: Clock | None = None,
+        warm: Warm | None = None,
+    ) -> None:
         self.problem, self.target_gap, self.rounding = problem, target_gap, 0.0
         self.on_progress: Callable[[Progress], None] | None = None
         self.should_stop: Callable[[], bool] | None = None
-        self.start = time.perf_counter()
-        self.end = self.start + seconds
-        self.tables = Tables(self.poll)
+        self.clock = Clock() if clock is None else clock
+        self.end = self.clock.now() + seconds
+        self.seed = 0
+        self.warm = Warm() if warm is None else warm
+        self.keeps_tables = warm is not None
+        self.tables = self.warm.tables
+        self.tables.poll = self._tick
         self.strategies: tuple[int, ...] | None = None
         self.objective, self.bound = math.inf, -math.inf
         self.stage = "reading"
@@ -45,11 +76,24 @@ class Search:
 
     def seconds(self) -> float:
         """Wall time so far."""
-        return time.perf_counter() - self.start
+        return self.clock.wall()
+
+    def now(self) -> float:
+        """Seconds so far, of wall time or of work."""
+        return self.clock.now()
 
     def remaining(self) -> float:
-        """Wall time left."""
-        return self.end - time.perf_counter()
+        """Seconds left."""
+        return self.end - self.clock.now()
+
+    def budget(self, end: float) -> Budget:
+        """What a stage may spend that ends at a time, at the latest with the search."""
+        return Budget(self.clock, min(end, self.end), self.poll)
+
+    def _tick(self) -> None:
+        """Before each table operation."""
+        self.clock.operation()
+        self.poll()
 
     def poll(self) -> None:
         """Raise ``Stopped`` when it is time to stop."""
@@ -158,7 +202,9 @@ def whole_part(search: Search) -> Part:
             seen[id(array)] = (array, largest_finite(array))
     total = sum(seen[id(costs)][1] for costs in problem.nodes)
     total += sum(seen[id(matrix)][1] for _, _, matrix in problem.edges)
-    quantum = quantum_of(total, FREE_QUANTA_BITS if problem.limit is None else QUANTA_BITS)
+    # A coarser quantum of an earlier solve stays, so that its tables serve again.
+    quantum = max(quantum_of(total, FREE_QUANTA_BITS if problem.limit is None else QUANTA_BITS), search.warm.quantum)
+    search.warm.quantum = quantum
     search.rounding = quantum / 2 * (len(problem.nodes) + len(problem.edges))
     whole = {key: tables.shared(quantize(array, quantum)) for key, (array, _) in seen.items()}
     nodes = tuple(whole[id(costs)] for costs in problem.nodes)

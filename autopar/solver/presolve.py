@@ -20,6 +20,8 @@ Reduction = Callable[[Draft, list[int]], None]
 # Comparing all pairs of strategies under all neighbours takes k^2 s time; beyond this it is not worth it.
 DOMINANCE_STRATEGIES = 512
 MOST_STRATEGIES_MERGED = 512
+# Pairs of strategies are compared one by one where they are at most this share of all.
+PAIRS_SHARE = 0.25
 ROUNDS = 12
 
 
@@ -199,19 +201,50 @@ def drop_dominated(draft: Draft, nodes: list[int]) -> None:
 
 def _undominated(tables: Tables, costs: int, matrices: tuple[int, ...], usage: tuple[int, ...]) -> int | None:
     array = tables[costs]
-    better = array[:, None] - array[None, :]
-    for matrix in matrices:
-        if not (better >= 0).any(where=~np.eye(len(array), dtype=bool)):
-            return None
-        gain = tables.memo(_gain, matrix)
-        better = better + tables[gain]
-    at_least = better >= 0
+    # Usage leaves few pairs of strategies of which the second could do for the first.
+    pairs = ~np.eye(len(array), dtype=bool)
     for table in usage:
-        at_least &= tables[table][:, None] >= tables[table][None, :]
+        pairs &= tables[table][:, None] >= tables[table][None, :]
+    # Looking at one column of each matrix leaves fewer still; then all columns are looked at, matrix by matrix.
+    at_most = array[:, None] - array[None, :]
+    for matrix in matrices:
+        at_most = at_most + tables[tables.memo(_margin_at_least, matrix)]
+    worse, better = np.nonzero(pairs & (at_most >= 0))
+    margin = at_most[worse, better]
+    for matrix in sorted(matrices, key=lambda matrix: tables[matrix].size):
+        if not len(worse):
+            return None
+        loose = tables[tables.memo(_margin_at_least, matrix)][worse, better]
+        margin = margin + (_least_margin(tables, matrix, worse, better) - loose)
+        possible = margin >= 0
+        worse, better, margin = worse[possible], better[possible], margin[possible]
+    at_least = np.zeros(pairs.shape, bool)
+    at_least[worse, better] = True
     # Of strategies as good as each other the first stays.
     first = np.arange(len(array))[:, None] > np.arange(len(array))[None, :]
     dominated = (at_least & (~at_least.T | first)).any(axis=1)
     return tables.intern(np.flatnonzero(~dominated)) if dominated.any() else None
+
+
+def _margin_at_least(tables: Tables, table: int) -> int:
+    """``matrix[a, c] - matrix[b, c]`` in the column ``c`` where ``a`` is least: no smaller than the least of all."""
+    matrix = tables[table]
+    least = matrix.argmin(axis=1)
+    return tables.intern(matrix.min(axis=1)[:, None] - matrix[:, least].T)
+
+
+def _least_margin(tables: Tables, table: int, worse: np.ndarray, better: np.ndarray) -> np.ndarray:
+    """``min over columns of matrix[worse] - matrix[better]`` of each pair, without those forbidden to ``worse``."""
+    matrix = tables[table]
+    if len(worse) > PAIRS_SHARE * len(matrix) ** 2:
+        return tables[tables.memo(_gain, table)][worse, better]
+    margin = np.full(len(worse), np.inf)
+    for column in matrix.T:
+        above = column[worse]
+        forbidden = np.isinf(above)
+        step = np.where(forbidden, 0.0, above) - column[better]
+        np.minimum(margin, np.where(forbidden, np.inf, step), out=margin)
+    return margin
 
 
 def _gain(tables: Tables, table: int) -> int:

@@ -8,8 +8,8 @@ intervals of time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -89,6 +89,29 @@ class Problem:
         checked.add(("bytes", id(usage.bytes)))  # type: ignore[arg-type]
         if not (np.all(np.isfinite(usage.bytes)) and np.all(usage.bytes >= 0)):
             raise ProblemError("bytes must be finite and not negative", where=where, fix="forbid by cost instead")
+
+    def allow(self, allowed: Mapping[int, Collection[int]]) -> Problem:
+        """The problem with only these strategies of these nodes left; strategies keep their indices.
+
+        Args:
+            allowed: by node, the strategies that are not forbidden: one is a fixed choice.
+
+        Raises:
+            ProblemError: a node or a strategy that there is none of, or a node without any.
+        """
+        nodes = list(self.nodes)
+        for node, strategies in allowed.items():
+            where = f"node {node}"
+            if not 0 <= node < len(nodes):
+                raise ProblemError(f"there are {len(nodes)} nodes", where=where, fix="fix the node")
+            count = len(nodes[node])
+            if not strategies or not all(0 <= s < count for s in strategies):
+                what = f"allowed strategies {sorted(strategies)} of {count}"
+                raise ProblemError(what, where=where, fix=f"allow at least one, each below {count}")
+            kept = np.zeros(count, bool)
+            kept[list(strategies)] = True
+            nodes[node] = np.where(kept, nodes[node], math.inf)
+        return replace(self, nodes=tuple(nodes))
 
     def cost(self, strategies: Sequence[int]) -> float:
         """Sum of node and edge costs of one strategy per node; ``inf`` if one is forbidden."""
@@ -175,8 +198,8 @@ class NoChoiceError(InfeasibleError):
     def __init__(
         self, what: str, least_bytes: float, nodes: tuple[int, ...], *, where: str = "", fix: str = ""
     ) -> None:
-        super().__init__(what, where=where, fix=fix)
-        self.least_bytes, self.nodes = least_bytes, nodes
+        super().__init__(what, where=where, fix=fix, least_bytes=least_bytes)
+        self.nodes = nodes
 
 
 def _check_table(table: np.ndarray, ndim: int, where: str, checked: set[int]) -> None:

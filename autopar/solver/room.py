@@ -13,7 +13,7 @@ from autopar.solver.presolve import simplify
 from autopar.solver.problem import NoChoiceError, Problem, Usage
 from autopar.solver.relaxation import ExactRelaxation, Pricing, order_of
 from autopar.solver.rows import Rows, rows_of
-from autopar.solver.tables import QUANTA_BITS, Tables
+from autopar.solver.tables import Tables, quantum_of
 
 NAMED_NODES = 5
 
@@ -53,7 +53,7 @@ def no_room(problem: Problem, poll: Callable[[], None] | None = None) -> NoChoic
 def _least_peak(problem: Problem, poll: Callable[[], None] | None) -> tuple[float, Sequence[int] | None, int]:
     """``(lower bound in bytes, a choice of low peak, the time of its peak)``."""
     largest = sum(float(usage.bytes.max()) for usage in problem.usages)
-    scale = 2.0 ** (QUANTA_BITS - math.frexp(max(largest, 1e-300))[1])
+    scale = 1.0 / quantum_of(largest)
     tables = Tables(poll)
     try:
         reduced, lift = simplify(_only_usage(problem, scale), tables)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from autopar.solver.milp import entries_of
-from autopar.solver.narrow import EASY_ENTRIES, branch_near, branch_whole, guess_the_gap, prune_by_gap, settle
-from autopar.solver.part import Part, Search, Stopped, whole_part
+from autopar.solver.clock import Clock
+from autopar.solver.milp import entries_of, highest_cost
+from autopar.solver.narrow import MILP_ENTRIES, branch_whole, choices_met, close_settled, settle_priced
+from autopar.solver.part import Part, Search, Stopped, Warm, whole_part
 from autopar.solver.presolve import drop_fixed, reduce_once, simplify
 from autopar.solver.problem import Choice, Problem, Progress
 from autopar.solver.room import least_sum_exceeds, no_room
 from autopar.solver.stages import (
-    MILP_ENTRIES,
     WIDENING,
     bound_and_prune,
     eliminate_whole,
-    highest_cost,
     improve_by_cutsets,
     improve_windows,
     mix_layers,
@@ -23,14 +24,36 @@ from autopar.solver.stages import (
     price_memory,
 )
 
-# An easy program may take this share of the time left before anything else is tried.
-EASY_SHARE = 0.3
 # Beyond so many joined entries elimination takes long enough for the caller to want a choice in hand first.
 QUICK_ENTRIES = 2_000_000_000
-# Shares of the time left, and the most time, that stages may take which others are to follow.
-PRICE_SHARE, CUTSETS_SHARE, GUESS_SHARE, NEAR_SHARE = 0.4, 0.2, 0.3, 0.2
+# Shares of the time left that stages may take which others are to follow.
+PRICE_SHARE, CUTSETS_SHARE = 0.4, 0.2
 # Pruning goes on while it leaves less than this share of the edge entries.
 STUCK_SHARE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a solve starts from, and how it counts its time.
+
+    Args:
+        hint: strategies to start from; ignored where infeasible.
+        warm: what an earlier solve of nearly the same problem left; this solve adds to it.
+        seed: of random choices.
+        deterministic: count work instead of wall time, so that every run takes the same steps and returns the
+            same choice; ``seconds`` then are those that the work takes on one core of about 3 GHz.
+        cpu: count CPU seconds of all threads instead of wall time, on a machine that does other work.
+    """
+
+    hint: Sequence[int] | None = None
+    warm: Warm | None = None
+    seed: int = 0
+    deterministic: bool = False
+    cpu: bool = False
+
+    def clock(self) -> Clock:
+        """What counts the seconds."""
+        return Clock(self.deterministic, time.process_time if self.cpu else time.perf_counter)
 
 
 def solve(
@@ -38,9 +61,9 @@ def solve(
     *,
     seconds: float = 60.0,
     relative_gap: float = 0.0,
-    hint: Sequence[int] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    start: Start | None = None,
 ) -> Choice:
     """The cheapest feasible choice, or the best one found in time, always with a lower bound.
 
@@ -48,9 +71,9 @@ def solve(
         problem: what to solve; costs below 2**-46 of their sum are lost: forbid by ``inf``, not a large cost.
         seconds: wall time after which the incumbent is returned.
         relative_gap: stop at this gap; a binding limit on a deep program is closed to 0.001 in seconds.
-        hint: strategies to start from; ignored where infeasible.
         on_progress: called at each stage and with each better incumbent.
         should_stop: polled; True returns the incumbent, as Ctrl-C does.
+        start: hint, seed, what an earlier solve left, and whether to count work instead of time.
 
     Raises:
         NoChoiceError: an ``InfeasibleError``: no choice is feasible, or none was found in time.
@@ -60,22 +83,24 @@ def solve(
     >>> solve(Problem((costs, np.ones(2)), ((0, 1, matrix),))).strategies
     (1, 0)
     """
-    search = Search(problem, seconds, relative_gap)
-    search.on_progress, search.should_stop = on_progress, should_stop
+    start = start or Start()
+    search = Search(problem, seconds, relative_gap, start.clock(), start.warm)
+    search.on_progress, search.should_stop, search.seed = on_progress, should_stop, start.seed
     try:
-        if hint is not None:
-            search.offer(hint)
-        run(search)
-    except Stopped:
-        pass
-    except KeyboardInterrupt:
-        if search.strategies is None:
+        run(search, start.hint)
+    except (Stopped, KeyboardInterrupt) as stop:
+        if search.strategies is None and isinstance(stop, KeyboardInterrupt):
             raise
+    finally:
+        if start.warm is not None:
+            start.warm.shed()
     return search.finish()
 
 
-def run(search: Search) -> None:
+def run(search: Search, hint: Sequence[int] | None = None) -> None:
     """Run the stages until one of them ends the search; incumbent and bound are left in it."""
+    if hint is not None:
+        search.offer(hint)
     if least_sum_exceeds(search.problem):
         raise no_room(search.problem, search.poll)
     part = whole_part(search)
@@ -88,7 +113,8 @@ def run(search: Search) -> None:
     part = part.smaller(*simplify(part.problem, search.tables))
     search.stats["reduced_nodes"] = len(part.problem.nodes)
     search.stats["reduced_edge_entries"] = entries_of(part.problem)
-    offer_early(part)
+    if part.rows is None or search.stats["reduced_edge_entries"] <= MILP_ENTRIES:
+        offer_early(part)
     if part.rows is None:
         _close_free(part)
     else:
@@ -119,28 +145,21 @@ def _close_limited(part: Part) -> None:
     search = part.search
     if "elimination_s" not in search.stats and eliminate_whole(part):
         return
-    priced, dual = price_memory(part, PRICE_SHARE * search.remaining())
+    found = price_memory(part, PRICE_SHARE * search.remaining())
+    if found is None:
+        # Compiled kernels take a second to load, which small problems should not pay.
+        from autopar.solver.wide import close_wide
+
+        if close_wide(part):
+            _exhausted(search)
+        return
+    priced, dual = found
     if dual.bound > highest_cost(part.problem):
         _exhausted(search)
-    if not search.done() and (priced.relaxation.exact or part.best is None):
-        mix_layers(part, priced, dual)
-    if search.done():
-        return
-    settled = settle(part, priced, dual)
-    branch_near(part, settled, dual, NEAR_SHARE * search.remaining())
     if not search.done():
-        guess_the_gap(part, settled, GUESS_SHARE * search.remaining())
-    for last in (False, True):
-        if search.done():
-            return
-        smaller = prune_by_gap(part, settled)
-        if smaller is None:
-            _exhausted(search)
-            return
-        entries = search.stats["pruned_edge_entries"] = entries_of(smaller.problem)
-        most, share = (MILP_ENTRIES, 1.0) if last else (EASY_ENTRIES, EASY_SHARE)
-        if entries <= most and branch_whole(smaller, share * search.remaining()):
-            _exhausted(search)
+        mix_layers(part, priced, dual)
+    if not search.done() and close_settled(part, settle_priced(part, priced, dual), choices_met(dual)):
+        _exhausted(search)
     improve_windows(part, search.remaining())
 
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 
 import numpy as np
 
 from autopar.solver.branch import integer_program
-from autopar.solver.lagrange import Column, Dual, Priced, maximise, maximise_by_weights
+from autopar.solver.lagrange import Column, Dual, Priced, maximise
 from autopar.solver.messages import Sweeps
-from autopar.solver.narrow import MOST_SWEEPS, STALLED_SHARE, SWEEPS_PER_LOOK, pruned, until
+from autopar.solver.milp import highest_cost
+from autopar.solver.narrow import MOST_SWEEPS, STALLED_SHARE, SWEEPS_PER_LOOK, Settled, pruned
 from autopar.solver.part import Part
 from autopar.solver.presolve import restrict, simplify
 from autopar.solver.primal import cutset, feasible_by_prices, line_layout
-from autopar.solver.problem import NoChoiceError, Problem
+from autopar.solver.problem import NoChoiceError
 from autopar.solver.relaxation import ExactRelaxation, Pricing, order_of
 from autopar.solver.tables import TooManyEntries
 
-# The integer program closes what is at most this large; beyond, its relaxation alone takes minutes.
-MILP_ENTRIES = 400_000
 WINDOW_NODES, WINDOW_S = 60, 3.0
 # Tables of the part that a cutset leaves free, and after how many cutsets without gain to stop.
 CUTSET_ENTRIES, MOST_FAILURES = 50_000, 6
@@ -51,7 +49,7 @@ def eliminate_whole(part: Part, widening: int = 1, most_joined: float = math.inf
         return False
 
     search.begin("elimination")
-    start, mark = time.perf_counter(), tables.mark()
+    start, mark = search.now(), tables.mark()
     relaxation = ExactRelaxation(part.problem, tables, order)
     try:
         with tables.at_most(MOST_ENTRIES):
@@ -59,9 +57,10 @@ def eliminate_whole(part: Part, widening: int = 1, most_joined: float = math.inf
     except TooManyEntries:
         return False
     finally:
-        tables.forget(mark)
+        if not search.keeps_tables:
+            tables.forget(mark)
     search.stats["widest_entries"] = order.widest_entries
-    search.stats["elimination_s"] = time.perf_counter() - start
+    search.stats["elimination_s"] = search.now() - start
     if math.isinf(least):
         raise NoChoiceError("forbidden costs exclude every choice", math.inf, (), fix="allow more strategies")
     part.raise_bound(least)
@@ -107,56 +106,41 @@ def bound_and_prune(part: Part) -> Part | None:
             if search.done() or bound - before <= STALLED_SHARE * min(gap, abs(bound)):
                 break
             before = bound
-    return pruned(part, sweeps, costs, part.room(bound))
+    settled = Settled(lambda room: sweeps.prune(costs, room), sweeps.ends, bound)
+    return pruned(part, settled, part.room(bound))
 
 
-def price_memory(part: Part, seconds: float) -> tuple[Priced, Dual]:
-    """Maximise the dual over memory prices, offering every choice met on the way."""
+def price_memory(part: Part, seconds: float) -> tuple[Priced, Dual] | None:
+    """Maximise the dual over memory prices by exact elimination; None where that would take too long."""
     search, rows = part.search, part.rows
     assert rows is not None
+    order = order_of(part.problem, search.wide_entries)
+    if order.left or search.stats.get("elimination_s", 0.0) * FEW_ELIMINATIONS > seconds:
+        return None
     search.begin("prices")
-    end = time.perf_counter() + seconds
+    end = search.now() + seconds
 
     def on_step(dual: Dual, column: Column) -> bool:
         search.poll()
         part.raise_bound(dual.bound)
         if part.fits(column.usage):
             part.offer(column.strategies)
-        return search.done() or time.perf_counter() > end
+        return search.done() or search.now() > end
 
-    pricing = Pricing(part.problem, search.tables, rows)
-    order = order_of(part.problem, search.wide_entries)
-    if not order.left and search.stats.get("elimination_s", 0.0) * FEW_ELIMINATIONS <= seconds:
-        relaxation = ExactRelaxation(part.problem, search.tables, order)
-        priced = Priced(relaxation, pricing, rows, part.problem.cost)
-        try:
-            with search.tables.at_most(MOST_ENTRIES):
-                dual = maximise(priced, on_step=on_step, ceiling=highest_cost(part.problem))
-            search.stats["prices_solved"] = dual.iterations
-            return priced, dual
-        except TooManyEntries:
-            pricing = Pricing(part.problem, search.tables, rows)
-    priced = Priced(Sweeps(part.problem, search.tables), pricing, rows, part.problem.cost)
-    start = time.perf_counter()
-    priced.solve(np.zeros(len(rows.times)))
-    steps = int(max(10.0, min(400.0, seconds / (time.perf_counter() - start))))
-    dual = maximise_by_weights(priced, on_step=on_step, iterations=steps)
+    relaxation = ExactRelaxation(part.problem, search.tables, order)
+    priced = Priced(relaxation, Pricing(part.problem, search.tables, rows), rows, part.problem.cost)
+    try:
+        with search.tables.at_most(MOST_ENTRIES):
+            dual = maximise(priced, on_step=on_step, ceiling=highest_cost(part.problem))
+    except TooManyEntries:
+        return None
     search.stats["prices_solved"] = dual.iterations
     return priced, dual
-
-
-def highest_cost(problem: Problem) -> float:
-    """An upper bound on the cost of every choice of finite cost."""
-    tables = [*problem.nodes, *(matrix for _, _, matrix in problem.edges)]
-    largest = {id(table): float(table.max(where=np.isfinite(table), initial=-math.inf)) for table in tables}
-    return sum(largest[id(table)] for table in tables) + 1.0
 
 
 def mix_layers(part: Part, priced: Priced, dual: Dual) -> None:
     """Feasible choices around the best prices, by bisection over layers."""
     part.search.begin("mixing layers")
-    if isinstance(priced.relaxation, Sweeps):
-        priced.relaxation.per_call = 2
 
     def on_column(column: Column) -> bool:
         part.search.poll()
@@ -174,8 +158,8 @@ def improve_by_cutsets(part: Part, seconds: float) -> None:
     if part.best is None:
         return
     search.begin("cutsets")
-    end, failures = time.perf_counter() + seconds, 0
-    while time.perf_counter() < end and failures < MOST_FAILURES and not search.done():
+    end, failures = search.now() + seconds, 0
+    while search.now() < end and failures < MOST_FAILURES and not search.done():
         held = cutset(problem, CUTSET_ENTRIES, random)
         best = part.best
         kept = [
@@ -198,15 +182,15 @@ def improve_windows(part: Part, seconds: float) -> None:
     if part.best is None or search.done():
         return
     search.begin("windows")
-    end = time.perf_counter() + seconds
+    end = search.now() + seconds
     layout, random = line_layout(problem), np.random.default_rng(0)
-    while time.perf_counter() < end and not search.done():
+    while search.now() < end and not search.done():
         search.poll()
-        stop = min(end, time.perf_counter() + WINDOW_S)
+        stop = min(end, search.now() + WINDOW_S)
         free = np.abs(layout - random.integers(len(layout))) * 2 < WINDOW_NODES
         held = zip(problem.nodes, part.best, free, strict=True)
         kept = [np.arange(len(costs)) if is_free else np.array([chosen]) for costs, chosen, is_free in held]
         small, lift = restrict(problem, search.tables, kept)
-        outcome = integer_program(small, search.tables, remaining=until(stop), poll=search.poll)
+        outcome = integer_program(small, search.tables, search.budget(stop))
         if outcome.strategies is not None:
             part.offer(lift(outcome.strategies))

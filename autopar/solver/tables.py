@@ -28,8 +28,7 @@ class TooManyEntries(Exception):
 class Tables:
     """A store of read-only arrays by id, with a memory of the operations done on them.
 
-    Args:
-        poll: called before each operation that is really computed; it may raise to stop the work.
+    ``poll`` is called before each operation that is really computed; it may raise to stop the work.
 
     ``misses`` counts the operations really computed (tests see by it that repetition is free), ``entries``
     the numbers held; ``most_entries`` bounds them, by ``TooManyEntries``.
@@ -40,7 +39,7 @@ class Tables:
         self.misses = 0
         self.entries = 0
         self.most_entries: float = math.inf
-        self._poll = poll
+        self.poll = poll
         self._of_object: dict[int, int] = {}
         self._of_content: dict[Hashable, int] = {}
         self._memo: dict[Hashable, Any] = {}
@@ -81,8 +80,8 @@ class Tables:
             return self._memo[key]
         except KeyError:
             self.misses += 1
-            if self._poll is not None:
-                self._poll()
+            if self.poll is not None:
+                self.poll()
             result = self._memo[key] = function(self, *arguments)
             return result
 

@@ -20,7 +20,7 @@ MESH = ["--mesh", "data=2,tensor=4"]
 PLAN_KEYS = {
     *("objective_s", "lower_bound_s", "gap", "proven_optimal", "step_s", "peak_bytes", "flops_per_device"),
     *("collectives", "trace_s", "build_s", "solve_s", "n_equations", "n_nodes", "replicated_primitives"),
-    *("params", "mesh"),
+    *("params", "mesh", "microbatches"),
 }
 
 

@@ -28,7 +28,7 @@ def test_the_shipped_profiles_are_these():
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_number_of_a_profile_has_a_source(name):
     data = json.loads((resources.files("autopar.cost") / "data" / f"{name}.json").read_text())
-    on_chip = {"on_chip_bytes"} if "on_chip_bytes" in data["device"] else set()
+    on_chip = {"on_chip_bytes", "overlaps"} & set(data["device"])
     kinds = {f"{link}.kinds" for link in ("link", "network") if "kinds" in data[link]}
     assert set(data["sources"]) == NUMBERS | on_chip | kinds
     assert all(len(source) > 10 for source in data["sources"].values())

@@ -145,7 +145,7 @@ def test_no_preset_beats_the_unrestricted_plan(mesh: str) -> None:
     for preset in ("dp", "zero1", "zero3", "megatron", "megatron_sp"):
         found = planned("gpt", mesh, preset)
         assert free.solution.lower_bound_s <= found.solution.objective_s * (1 + 1e-9)
-        assert free.prediction.step_s <= found.prediction.step_s * (1 + 1e-9)
+        assert free.prediction.serial_s <= found.prediction.serial_s * (1 + 1e-9)
 
 
 def test_experts_are_found_without_a_preset() -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -134,13 +135,24 @@ def test_partial_values_of_every_monoid_combine(dtype, monoid, combine):
     assert failures(sizes, value, cases(sizes, (8,), pairs, value.itemsize, monoid), combine) == []
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.int8, np.uint32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.int8, np.uint32, np.complex64])
 def test_values_of_every_width_move(dtype):
     sizes = MESHES["2x4"]
     value = random_value((8, 16), dtype)
     found = specs(2, tuple(sizes))
     pairs = list(itertools.product(found, found))[::17]
     assert failures(sizes, value, cases(sizes, (8, 16), pairs, value.itemsize)) == []
+
+
+def test_the_compiler_survives_sums_of_complex_constants():
+    sizes, cost = MESHES["2x4"], Ring(Mesh(tuple(MESHES["2x4"].items())))
+    first = next(iter(sizes))
+    partial, whole = Spec(((),), frozenset(sizes)), Spec(((first,),))
+    steps = plan_reshard(partial, whole, (8,), 8, cost).steps
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    local = lambda: execute(steps, jnp.full((8,), 1j, jnp.complex64), sizes)  # noqa: E731
+    total = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(), out_specs=P(first), check_vma=False))()
+    assert np.array_equal(total, np.full(8, 8j))
 
 
 def test_truth_values_move_without_sums():
@@ -164,13 +176,18 @@ def test_typed_keys_move_as_their_words(impl):
         assert is_laid_out(np.asarray(jax.random.key_data(moved)), words, whole[1], sizes), f"{source} -> {target}"
 
 
+def rows_of(axes: Iterable[str], sizes: dict[str, int]) -> np.ndarray:
+    """The devices of each group that communicates over some axes, (groups, devices)."""
+    ids = np.arange(8).reshape(*sizes.values())
+    at = [list(sizes).index(axis) for axis in axes]
+    return np.moveaxis(ids, at, range(-len(at), 0)).reshape(-1, math.prod(ids.shape[i] for i in at))
+
+
 def predicted(steps: tuple[Step, ...], sizes: dict[str, int]) -> Counter:
     """Kinds, groups of devices and bytes of the collectives of a resharding."""
-    ids = np.arange(8).reshape(*sizes.values())
     found: Counter = Counter()
     for step in (step for step in steps if step.kind not in FREE_KINDS):
-        rows = np.moveaxis(ids, [list(sizes).index(a) for a in step.axes], range(-len(step.axes), 0))
-        rows = rows.reshape(-1, math.prod(sizes[a] for a in step.axes))
+        rows = rows_of(step.axes, sizes)
         if step.permutation:
             rows = rows[:, np.array(step.permutation)].reshape(-1, 2)
         groups = frozenset(tuple(row) if step.permutation else frozenset(row) for row in rows.tolist())
@@ -178,21 +195,22 @@ def predicted(steps: tuple[Step, ...], sizes: dict[str, int]) -> Counter:
     return found
 
 
-def lowered(text: str) -> Counter:
-    """The same, read from StableHLO."""
+def lowered(text: str, sizes: dict[str, int]) -> Counter:
+    """The same, read from StableHLO, which names groups one by one or, since JAX 0.12, by the axes of the mesh."""
     found: Counter = Counter()
     kinds = r'"stablehlo\.(all_gather|all_reduce|reduce_scatter|all_to_all|collective_permute)"'
-    attribute = r"(?:replica_groups|source_target_pairs) = dense<(\[\[.*?\]\])>"
+    listed = r"(?:replica_groups|source_target_pairs) = dense<(\[\[.*?\]\])>"
+    named = r"replica_groups = #stablehlo\.replica_group_mesh_axes<mesh = @\w+, axes = \[(.*?)\]>"
     types = r": \(tensor<([^>]*)>\) -> tensor<([^>]*)>"
-    for kind, groups, *buffers in re.findall(f"{kinds}.*?{attribute}.*?{types}", text, re.DOTALL):
-        rows = json.loads(groups)
+    for kind, groups, axes, *buffers in re.findall(f"{kinds}.*?(?:{listed}|{named}).*?{types}", text, re.DOTALL):
+        rows = json.loads(groups) if groups else rows_of(re.findall(r'name = "(\w+)"', axes), sizes).tolist()
         rows = frozenset(tuple(row) if kind == "collective_permute" else frozenset(row) for row in rows)
         nbytes = [math.prod(map(int, buffer.split("x")[:-1])) * 4 for buffer in buffers]
         found[kind, rows, max(nbytes)] += 1
     return found
 
 
-def compiled(text: str) -> Counter:
+def compiled(text: str, sizes: dict[str, int]) -> Counter:
     """Kinds and bytes, read from the optimised HLO."""
     found: Counter = Counter()
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -201,9 +219,10 @@ def compiled(text: str) -> Counter:
             shapes = re.findall(r"f32\[([\d,]*)\]", match[1])
             nbytes = sum(4 * math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
             if match[2] == "reduce-scatter":
-                group = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+                group = re.search(r"replica_groups=(?:\{\{([\d,]*)\}|mesh\[.*?\] \{(.*?)\})", line)
                 assert group, line
-                nbytes *= len(group[1].split(","))
+                listed, named = group.groups()
+                nbytes *= len(listed.split(",")) if listed else math.prod(sizes[a] for a in re.findall(r"\w+", named))
             found[match[2].replace("-", "_"), nbytes] += 1
     return found
 
@@ -218,7 +237,7 @@ def test_the_lowered_program_moves_the_predicted_bytes_over_the_predicted_axes(m
     for source, target, steps in cases(sizes, shape, pairs):
         local = (*sizes.values(), *source.local_shape(shape, sizes))
         text = program(sizes, [steps]).lower([jax.ShapeDtypeStruct(local, jnp.float32)]).as_text()
-        assert lowered(text) == predicted(steps, sizes), f"{source} -> {target}"
+        assert lowered(text, sizes) == predicted(steps, sizes), f"{source} -> {target}"
 
 
 @pytest.mark.parametrize(("mesh", "every"), [("8", 1), ("2x4", 41), ("2x2x2", 911)])
@@ -230,4 +249,4 @@ def test_the_compiled_program_moves_the_predicted_bytes(mesh, every):
         run = program(sizes, [steps]).lower([jax.ShapeDtypeStruct(local, jnp.float32)]).compile()
         text = run.as_text()
         expected = Counter((step.kind, step.nbytes) for step in steps if step.kind not in FREE_KINDS)
-        assert text is not None and compiled(text) == expected, f"{source} -> {target}"
+        assert text is not None and compiled(text, sizes) == expected, f"{source} -> {target}"

@@ -5,11 +5,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from autopar.api import Options, plan_traced, traced_in_time
 from autopar.cluster import Mesh
 from autopar.errors import HardwareError, MeshError
-from autopar.lowering.audit import audit, compare
+from autopar.ir.arguments import adapt
+from autopar.lowering import predict
+from autopar.lowering.audit import audit, compare, merged
+from autopar.lowering.local_program import Move, build_local_program
+from autopar.lowering.spmd import lower
 from autopar.lowering.topology import tpu_mesh
 from autopar.plan import Collective as Predicted
+from models import gpt
 
 MESH = Mesh.parse("data=4,tensor=4")
 BYTES = 4096 * 1024 * 2
@@ -56,8 +62,23 @@ def main() -> None:
     product = jax.jit(lambda x: x @ x.T, in_shardings=sharding, out_shardings=sharding).lower(x).compile()
     assert audit(product, MESH).flops == audit(product, MESH).product_flops == 2 * 4096 * 4096 * 1024
     assert (audit(product, MESH).estimated_cycles or 0) > 0 and audit(product, MESH).platform == "tpu"
+    stays_twice(mesh)
     refused(MeshError, "the topology 16", lambda: tpu_mesh("v5e:4x4", Mesh.parse("data=2,tensor=4")))
     refused(HardwareError, "no TPU topology 'v9:1'", lambda: tpu_mesh("v9:1", MESH))
+
+
+def stays_twice(mesh: jax.sharding.Mesh) -> None:
+    """Parameters gathered again, and blocks computed again, in the backward pass: the compiler merges none of it."""
+    step, state, batch = gpt.make(abstract=True, layers=2, width=128, heads=8, seq=64, vocab=256, batch=32, remat=True)
+    traced, trace_s = traced_in_time(adapt(step, (state, batch)))
+    options = Options(mesh=MESH, hardware="v5e", preset="zero3")
+    plan = plan_traced(traced, trace_s, options)
+    local = build_local_program(traced.program, plan, options.cost_model(MESH))
+    assert sum(isinstance(i, Move) and i.repeat > 0 for i in local.instructions) >= 8
+    shapes = [jax.ShapeDtypeStruct(slot.value.shape, slot.value.dtype) for slot in local.inputs]
+    found = audit(lower(local, mesh).lower(*shapes).compile(), MESH)
+    assert merged(plan.prediction.collectives, found, MESH) == 0
+    assert found.product_flops == predict.flops(local, ("dot_general",))
 
 
 def refused(kind: type[Exception], message: str, call) -> None:

@@ -1,6 +1,7 @@
 """How a plan reads: in a terminal, in a notebook, as JSON. None of it needs JAX."""
 
 import io
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -137,7 +138,7 @@ def test_json_gives_the_plan_back():
     [
         ("[1", "not an autopar plan"),
         ("{}", "not an autopar plan"),
-        ('{"version": 1}', "plan.json is damaged"),
+        ('{"version": 2}', "plan.json is damaged"),
     ],
 )
 def test_a_text_that_is_no_plan_is_refused(text, message):
@@ -159,6 +160,12 @@ def test_layers_of_one_layout_share_a_row_and_moments_like_their_parameters_are_
     ]
     assert [(row.name, row.count) for row in alike] == [("opt_state/0/mu/h_*/kernel", 2)]
     assert shown[0].nbytes == 3 * 512 * 1024 * 4 / 4
+
+
+def test_what_the_memory_on_the_chip_holds_is_shown_besides():
+    plan = replace(PLAN, prediction=replace(PLAN.prediction, on_chip_bytes=2e6))
+    assert re.search(r"besides, on the chip +2 MB", str(plan)) and "besides 2 MB on the chip" in plan._repr_html_()
+    assert "on the chip" not in str(PLAN) + PLAN._repr_html_()
 
 
 def test_memory_by_cause_adds_up_to_the_peak():
@@ -188,6 +195,26 @@ def test_a_plan_does_not_differ_from_itself():
     found = diff(PLAN, PLAN)
     assert found.empty and found.same_program
     assert all(figure.change == 0 for figure in found.figures)
+
+
+def test_a_difference_prints_values_that_change_alike_in_one_row():
+    names = ("h_0/mul", "h_0/mul:2", "h_0/mul:3", "h_0/add")
+    before, after = ({name: spec(axis) for name in names} for axis in ("data", "tensor"))
+    after["h_0/mul:3"] = spec()
+    text = str(diff(replace(PLAN, values=before), replace(PLAN, values=after)))
+    rows = [line.split() for line in text.splitlines() if "[" in line]
+    assert rows == [
+        ["h_0", "(4", "of", "4)", "mul", "(2", "times)", "[data]", "[tensor]"],
+        ["mul:3", "[data]", "[]"],
+        ["add", "[data]", "[tensor]"],
+    ]
+    assert str(diff(PLAN, PLAN)) == "the plans decide the same"
+
+
+def test_a_difference_lists_the_modules_that_change_most():
+    before, after = ({f"h_{i}/mul": spec(axis) for i in range(20)} for axis in ("data", "tensor"))
+    text = str(diff(replace(PLAN, values=before), replace(PLAN, values=after)))
+    assert "and 8 modules more" in text and text.count("[tensor]") == 12
 
 
 def test_a_difference_is_grouped_by_module():

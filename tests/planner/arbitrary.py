@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from autopar.api import prediction
+from autopar.api import equation_seconds, prediction
 from autopar.cluster import Mesh
 from autopar.cost import CostModel, RooflineCost, hardware
 from autopar.ir.trace import trace
@@ -36,5 +36,5 @@ def dice_plan(step: Any, args: tuple[Any, ...], cost: CostModel, seed: int) -> t
     plan, formulation, choice = search(prepared, Limits(), masks)
     assert choice.strategies == strategies
     local = build_local_program(prepared.traced.program, plan, cost)
-    compute_s = sum(formulation.pricing.vector(u)[s] for u, s in zip(formulation.units, strategies, strict=True))
-    return replace(plan, prediction=prediction(local, float(compute_s), cost)), formulation.problem.cost(strategies)
+    seconds = equation_seconds(formulation, choice)
+    return replace(plan, prediction=prediction(local, seconds, cost)), formulation.problem.cost(strategies)

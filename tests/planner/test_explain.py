@@ -6,7 +6,7 @@ import pytest
 
 import autopar
 from autopar.api import Options, plan_prepared, traced_in_time
-from autopar.errors import PinError
+from autopar.errors import PinError, PlanError
 from autopar.ir.arguments import adapt
 from autopar.planner.explain import alternatives, find_value, specs_of
 from autopar.planner.pins import restrict
@@ -61,6 +61,22 @@ def test_no_alternative_of_an_optimal_plan_is_cheaper():
     _, plan, found = explained("down")
     assert plan.solution.proven_optimal
     assert min(one.objective_s for one in found) >= -1e-12
+
+
+def test_an_explanation_prints_what_each_layout_adds():
+    plan = autopar.plan(step, PARAMS, BATCH, mesh="x=2,y=2", hardware="v5e")
+    found = autopar.explain(plan, "up")
+    assert found.alternatives == tuple(sorted(explained("up")[2], key=lambda one: one.objective_s))
+    lines = str(found).splitlines()
+    assert lines[0] == f"up of shape (64, 256) lies as {plan.values['up']} on mesh x=2,y=2"
+    assert sum("chosen" in line for line in lines) == 1
+    assert sum(line.startswith("[") for line in lines) == len(found.alternatives)
+
+
+def test_a_plan_from_a_file_cannot_explain_itself():
+    plan = autopar.plan(step, PARAMS, BATCH, mesh="x=2,y=2", hardware="v5e")
+    with pytest.raises(PlanError, match="a plan read from a file does not know its step"):
+        autopar.explain(autopar.Plan.from_json(plan.to_json()), "up")
 
 
 def test_a_pinned_value_has_no_alternatives():

@@ -16,7 +16,7 @@ MESHES = ("x=8", "data=2,tensor=4", "a=2,b=2,c=2")
 def test_the_solver_and_the_instructions_agree_on_the_price_of_any_plan(name, mesh):
     step, args = STEPS[name]
     plan, objective_s = dice_plan(step, args, v5e(mesh), seed=len(name))
-    assert plan.prediction.step_s == pytest.approx(objective_s, rel=1e-9)
+    assert plan.prediction.serial_s == pytest.approx(objective_s, rel=1e-9)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -25,7 +25,7 @@ def test_the_objective_of_the_best_plan_is_its_predicted_step(name, mesh):
     step, args = STEPS[name]
     plan = autopar.plan(step, *args, mesh=mesh, hardware="v5e")
     assert plan.solution.proven_optimal
-    assert plan.prediction.step_s == pytest.approx(plan.solution.objective_s, rel=1e-9)
+    assert plan.prediction.serial_s == pytest.approx(plan.solution.objective_s, rel=1e-9)
 
 
 SLOW = ("nested", "remat", "clipped")

@@ -47,8 +47,8 @@ class Block:
     result_shapes: tuple[tuple[int, ...], ...]
     starts: tuple[int, ...]
 
-    def offset(self, dim: int, result: int = 0) -> Any:
-        return jnp.int32(self.starts[dim])
+    def positions(self, dim: int, result: int = 0) -> Any:
+        return jnp.arange(self.result_shapes[result][dim], dtype=jnp.int32) + self.starts[dim]
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 8), (2**18, 2**10, 2**9), (2, 2**31 - 8, 3)], ids=str)

@@ -18,7 +18,7 @@ from autopar.cluster import Mesh
 from autopar.errors import SpecError
 from autopar.sharding import moves, reshard
 from autopar.sharding.moves import Step
-from autopar.sharding.reshard import MOVE_S, plan_reshard, reshard_matrix
+from autopar.sharding.reshard import MOVE_S, follow, plan_reshard, reshard_matrix
 from autopar.spec import Spec
 from tests.sharding.layouts import MESHES, specs
 
@@ -313,3 +313,24 @@ def test_a_spec_that_is_none_of_the_value_is_refused(spec):
         plan_reshard(spec, Spec(REST), (8, 16), 4, prices(AB))
     with pytest.raises(SpecError, match="does not lay out"):
         reshard_matrix((Spec(REST),), (spec,), (8, 16), 4, prices(AB))
+
+
+# -- routes that a plan says
+
+
+@pytest.mark.parametrize(("mesh", "rank", "every"), [("8", 2, 1), ("2x4", 2, 7), ("2x2x2", 2, 997)])
+def test_a_route_is_followed_at_the_price_of_whoever_asks(mesh, rank, every):
+    sizes, shape = MESHES[mesh], (16, 24)[:rank]
+    for source, target in list(itertools.product(specs(rank, tuple(sizes)), repeat=2))[::every]:
+        planned = plan_reshard(source, target, shape, 4, prices(sizes, seed=3))
+        followed = follow(planned.specs, shape, 4, prices(sizes, seed=3), "sum")
+        assert followed.steps == planned.steps and followed.cost_s == pytest.approx(planned.cost_s)
+        elsewhere = follow(planned.specs, shape, 4, prices(sizes, seed=5), "sum")
+        assert elsewhere.steps == planned.steps
+        assert elsewhere.cost_s >= plan_reshard(source, target, shape, 4, prices(sizes, seed=5)).cost_s * (1 - 1e-9)
+
+
+def test_a_route_that_skips_a_move_is_refused():
+    route = (Spec((("x",), ())), Spec(((), ("y",))))
+    with pytest.raises(SpecError, match=r"no single move leads from \[x, -\] to \[-, y\]"):
+        follow(route, (8, 8), 4, prices({"x": 2, "y": 4}), "sum")

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -13,17 +12,15 @@ from slow_twin import brute_force, peak, problems
 
 from autopar.solver import NoChoiceError, Problem, Usage, solve
 from autopar.solver.branch import integer_program
+from autopar.solver.clock import Budget
 from autopar.solver.eliminate import elimination_order, minimum_of_sum
 from autopar.solver.messages import Sweeps
+from autopar.solver.narrow import branch_whole
+from autopar.solver.part import Part, Search
 from autopar.solver.presolve import simplify
 from autopar.solver.relaxation import ExactRelaxation, Pricing, order_of
 from autopar.solver.rows import rows_of
 from autopar.solver.tables import Tables, TooManyEntries
-
-
-def minute():
-    end = time.perf_counter() + 60.0
-    return lambda: end - time.perf_counter()
 
 
 def test_equal_tables_have_one_id_and_operations_run_once():
@@ -125,7 +122,7 @@ def test_messages_bound_the_optimum_and_prune_nothing_that_is_part_of_it(problem
 @given(problem=problems())
 def test_the_integer_program_alone_finds_the_optimum(problem):
     optimum, found = brute_force(problem)
-    outcome = integer_program(problem, Tables(), remaining=minute())
+    outcome = integer_program(problem, Tables(), Budget.of(60.0))
     assert (outcome.strategies is None) == (found is None)
     if outcome.strategies is not None:
         assert problem.feasible(outcome.strategies)
@@ -179,3 +176,13 @@ def _whole(problem: Problem) -> Problem:
     nodes = tuple(np.rint(costs * 1000.0) for costs in problem.nodes)
     edges = tuple((u, v, np.rint(matrix * 1000.0)) for u, v, matrix in problem.edges)
     return Problem(nodes, edges, problem.usages, problem.limit)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_an_integer_program_without_time_proves_nothing(seconds):
+    problem = Problem((np.array([0.0, 1.0]),) * 2, ((0, 1, np.eye(2)),))
+    search = Search(problem, 60.0, 0.0)
+    part = Part(search, problem, list, 1.0)
+    part.offer([1, 1])
+    assert not branch_whole(part, seconds) or seconds > 0.0
+    assert search.bound <= 1.0 and (seconds > 0.0 or search.bound == -math.inf)

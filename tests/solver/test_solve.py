@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from slow_twin import brute_force, least_peak, problems, within
 
 from autopar.errors import InfeasibleError, ProblemError
-from autopar.solver import NoChoiceError, Problem, Usage, solve
+from autopar.solver import NoChoiceError, Problem, Start, Usage, solve
 from autopar.solver.part import Search
 from autopar.solver.search import run
+from autopar.solver.wide import compile_kernels
 
 
 def close(a: float, b: float) -> bool:
@@ -47,6 +48,11 @@ def test_without_a_limit_the_optimum_is_that_of_brute_force(problem):
 @given(problem=problems())
 def test_under_a_limit_the_optimum_is_that_of_brute_force(problem):
     check_against_brute_force(problem)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    compile_kernels()
 
 
 @pytest.mark.parametrize("limited", [False, True])
@@ -234,9 +240,9 @@ def test_interrupt_without_an_incumbent_goes_to_the_caller():
 def test_a_feasible_hint_is_the_first_incumbent_and_an_infeasible_one_is_ignored():
     problem = xla_problem()
     seen = []
-    assert solve(problem, hint=(1, 0, 0, 0, 0), on_progress=seen.append).objective == 7650.0
+    assert solve(problem, start=Start(hint=(1, 0, 0, 0, 0)), on_progress=seen.append).objective == 7650.0
     assert seen[0].incumbent == problem.cost((1, 0, 0, 0, 0))
-    assert solve(problem, hint=(0, 0, 0, 1, 0)).objective == 7650.0
+    assert solve(problem, start=Start(hint=(0, 0, 0, 1, 0))).objective == 7650.0
 
 
 def test_progress_never_worsens_and_bound_never_passes_the_incumbent():

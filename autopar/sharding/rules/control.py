@@ -4,9 +4,17 @@ from typing import Any
 
 from autopar.sharding.factors import Layout, ShardingRule, letters, sizes_of
 from autopar.sharding.registry import sharding_rule
+from autopar.sharding.rules.elementwise import summable
 
 
-@sharding_rule("loop_const", "loop_carry", "loop_repeat", "loop_exit", "branch_in", "branch_out")
+@sharding_rule("loop_carry", "loop_repeat", "loop_exit")
+def carry(x: Any) -> ShardingRule:
+    """A carry keeps its layout; terms of a sum stay terms from one iteration to the next."""
+    layout = letters(x.shape)
+    return ShardingRule((layout,), (layout,), sizes_of(layout, x.shape), linear=((0,),) if summable(x.dtype) else ())
+
+
+@sharding_rule("loop_const", "branch_in", "branch_out")
 def same(*operands: Any) -> ShardingRule:
     """Every operand and the result alike."""
     layout = letters(operands[0].shape)
@@ -22,9 +30,10 @@ def loop_slice(xs: Any) -> ShardingRule:
 
 @sharding_rule("loop_stack")
 def loop_stack(y: Any) -> ShardingRule:
-    """The slices of all iterations, stacked along a whole first dimension."""
+    """The slices of all iterations, stacked along a whole first dimension; terms of sums may be, too."""
     inside = letters(y.shape)
-    return ShardingRule((inside,), (_stacked(inside),), sizes_of(inside, y.shape))
+    linear = ((0,),) if summable(y.dtype) else ()
+    return ShardingRule((inside,), (_stacked(inside),), sizes_of(inside, y.shape), linear=linear)
 
 
 def _stacked(layout: Layout) -> Layout:

@@ -7,7 +7,6 @@ import math
 from itertools import pairwise
 from typing import Any
 
-import jax.numpy as jnp
 from jax import lax
 
 from autopar.sharding.factors import Dim, Layout, ShardingRule, letters, sizes_of
@@ -107,29 +106,31 @@ def _grouped(names: list[str], factor_sizes: Shape, shape: Shape) -> list[Dim]:
 @sharding_rule("reshape")
 def reshape(x: Any, *_: Any, new_sizes: Shape, dimensions: Any = None, **__: Any) -> ShardingRule | None:
     """``(a b) -> a b``: dimensions split and merge; those of a block without common factors are whole."""
-    if dimensions is not None or 0 in x.shape:
+    if 0 in x.shape:
         return None
+    order = range(len(x.shape)) if dimensions is None else dimensions  # the operand is transposed first
+    shape = tuple(x.shape[i] for i in order)
     operand: list[Dim] = [()] * len(x.shape)
     result: list[Dim] = [()] * len(new_sizes)
     sizes: dict[str, int] = {}
-    for old_dims, new_dims in blocks(x.shape, new_sizes):
-        old, new = tuple(x.shape[i] for i in old_dims), tuple(new_sizes[i] for i in new_dims)
+    for old_dims, new_dims in blocks(shape, new_sizes):
+        old, new = tuple(shape[i] for i in old_dims), tuple(new_sizes[i] for i in new_dims)
         factors = refinement(old, new)
         if factors is None:
             continue
         names = [f"d{len(sizes) + i}" for i in range(len(factors))]
         sizes |= dict(zip(names, factors, strict=True))
         for i, dim in zip(old_dims, _grouped(names, factors, old), strict=True):
-            operand[i] = dim
+            operand[order[i]] = dim
         for i, dim in zip(new_dims, _grouped(names, factors, new), strict=True):
             result[i] = dim
     return ShardingRule((tuple(operand),), (tuple(result),), sizes, linear=linear_in((x,), 0))
 
 
 @local_rule("reshape")
-def local_reshape(shard: Shard, x: Any, **_: Any) -> list[Any]:
+def local_reshape(shard: Shard, x: Any, *, dimensions: Shape | None = None, **_: Any) -> list[Any]:
     """Reshapes to the local shape."""
-    return [lax.reshape(x, shard.result_shapes[0])]
+    return [lax.reshape(x, shard.result_shapes[0], dimensions)]
 
 
 # --- dimensions permuted, added, dropped, reversed ----------------------------------------------------------

@@ -121,7 +121,8 @@ class StagePlan:
         device: its place in the pipeline, as in the schedule's placement; several stages may share one.
         busy_s: computation in a step.
         bubble_s: the rest of the step, without synchronisation and update, on its share of the device.
-        peak_bytes: memory of each device there, with all the stages that it holds.
+        peak_bytes: memory of each device there if all the stages that it holds were this one; where they differ, the
+            state of one and the activations of another can be more together.
         sent_bytes: to the next stage in a step.
     """
 

@@ -21,6 +21,7 @@ CASES = {
     "reshape: to a scalar": (lambda x: x.reshape(()), f32(1, 1)),
     "reshape: refine": (lambda x: x.reshape(16, 4), f32(8, 8)),
     "reshape: no common factors": (lambda x: x.reshape(6, 4, 8), f32(4, 6, 8)),
+    "reshape: transposed first": (lambda x: lax.reshape(x, (16, 8), (2, 0, 1)), f32(8, 8, 2)),
     "reshape: booleans": (lambda x: x.reshape(2, 16), of(jnp.bool_, 4, 8)),
     "transpose": (lambda x: lax.transpose(x, (2, 0, 1)), f32(4, 8, 2)),
     "squeeze": (lambda x: lax.squeeze(x, (1,)), f32(4, 1, 8)),

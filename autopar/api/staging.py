@@ -1,0 +1,386 @@
+"""The best pipeline of a step: which layers on which devices, in which order, in how many microbatches.
+
+Alpa (Zheng et al. 2022, section 5) profiles every run of layers on every submesh; GPT-39B on 64 devices took 2,393 s.
+Here each *kind* of layer is planned once for each submesh, and a stage costs the sum of its layers.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from autopar.api.layer_kinds import Part, crossing_bytes, layer_kinds, parts_of_kinds, tied_arguments
+from autopar.api.layer_tables import LayerTables
+from autopar.api.planning import detect_hardware, traced_in_time
+from autopar.api.splitting import splitting_of
+from autopar.api.stage_costs import Priced
+from autopar.cluster import Cluster, Mesh
+from autopar.cost import RooflineCost, hardware
+from autopar.errors import AutoparError
+from autopar.ir.arguments import adapt
+from autopar.ir.layers import Layers, cluster_layers
+from autopar.ir.step import Step
+from autopar.ir.trace import Traced
+from autopar.lowering.pipeline_cut import flops, microbatched
+from autopar.plan import Splitting
+from autopar.solver.slicing import Slicing, SlicingProblem, StageCost, Submesh, slice_stages
+
+
+class StagingError(AutoparError, ValueError):
+    """A pipeline that cannot be searched for, or cannot run as it was planned."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to choose from.
+
+    Attributes:
+        devices: how many devices there are; fewer may be used.
+        hardware: a profile's name or file; None means that of the devices that JAX sees.
+        microbatches: numbers of microbatches to try.
+        schedules: names of schedules to try.
+        memory_gb: memory of one device in 1e9 bytes; None means that of the profile.
+        layers: into how many layers of equal work the step is cut before they are put together to stages.
+        chunks: stages on each submesh to try, where a schedule lets one choose.
+        frugality: each layer is planned for speed, and once more for each of these prices of memory: 1 gives up one
+            percent of speed for one percent of memory.
+        stage_devices: numbers of devices that a stage may have; empty for powers of two inside a host and of hosts,
+            three hosts, and all.
+        batch: pattern of the names of the arguments whose dimension 0 is the batch; empty to guess.
+        allow: "recompute" and "ghost_batch_norm": what to accept where microbatches need a value of the whole batch.
+        static_argnums: arguments that are hashable Python values.
+        runner_ups: how many of the next best plans to give.
+    """
+
+    devices: int
+    hardware: str | None = None
+    microbatches: tuple[int, ...] = (4, 8, 16)
+    schedules: tuple[str, ...] = ("1f1b",)
+    memory_gb: float | None = None
+    layers: int = 8
+    chunks: tuple[int, ...] = (2,)
+    frugality: tuple[float, ...] = (1.0,)
+    stage_devices: tuple[int, ...] = ()
+    batch: str = ""
+    allow: str | tuple[str, ...] = ()
+    static_argnums: tuple[int, ...] = ()
+    runner_ups: int = 3
+
+    def cluster(self) -> Cluster:
+        """The devices and their links, with the memory that may be used."""
+        found = hardware(self.hardware or detect_hardware())
+        if self.memory_gb is None:
+            return found
+        return replace(found, device=replace(found.device, memory_bytes=self.memory_gb * 1e9))
+
+    def splitting(self, microbatches: int) -> Splitting:
+        """How to split the step."""
+        return splitting_of(microbatches, (), self.batch, self.allow)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """CPU seconds of planning.
+
+    Attributes:
+        trace: tracing the step.
+        layers: microbatches, layers, which of them are alike.
+        intra: planning layers on submeshes.
+        slicing: choosing stages.
+    """
+
+    trace: float
+    layers: float
+    intra: float
+    slicing: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.trace + self.layers + self.intra + self.slicing
+
+
+@dataclass(frozen=True)
+class StagesPlan:
+    """The best pipeline that was found.
+
+    Attributes:
+        slicing: stages, microbatches, schedule, what is predicted, and the runner-ups.
+        kinds: the kind of each layer: equal numbers for equal layers.
+        meshes: the mesh of each submesh, by its name.
+        search: what it was chosen from.
+        hardware: the profile that priced it.
+        n_problems: how many intra-operator problems were solved for it.
+        seconds: what planning took.
+    """
+
+    slicing: Slicing
+    kinds: tuple[int, ...]
+    meshes: Mapping[str, Mesh]
+    search: Search
+    hardware: str
+    n_problems: int
+    seconds: Seconds
+    problem: SlicingProblem = field(compare=False, repr=False)
+
+    @property
+    def step_s(self) -> float:
+        """The predicted step."""
+        return self.slicing.total_s
+
+    @property
+    def stage_of_layer(self) -> tuple[int, ...]:
+        """The stage of each layer."""
+        sizes = (stage.last_layer - stage.first_layer + 1 for stage in self.slicing.stages)
+        return tuple(k for k, size in enumerate(sizes) for _ in range(size))
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """What ``autopar.pipeline`` takes to run this plan.
+
+        Raises:
+            StagingError: its submeshes differ; ``autopar.pipeline`` takes one mesh for all stages.
+        """
+        meshes = {self.meshes[stage.submesh.name] for stage in self.slicing.stages}
+        if len(meshes) > 1:
+            raise StagingError(
+                f"stages on meshes {', '.join(sorted(map(str, meshes)))}",
+                where="autopar.pipeline takes one mesh for all stages",
+                fix="plan with a schedule of equal submeshes, such as interleaved, or with another number of devices",
+            )
+        (mesh,) = meshes
+        found = self.slicing
+        return {
+            "mesh": str(mesh),
+            "submeshes": found.n_pipeline_devices,
+            "schedule": found.schedule,
+            "microbatches": found.microbatches,
+            "chunks": found.n_chunks,
+            "stage_of_layer": self.stage_of_layer,
+            "static_argnums": self.search.static_argnums,
+            "hardware": self.search.hardware,
+            "batch": self.search.batch,
+            "allow": self.search.allow,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([*_headline(self), *_stage_rows(self.slicing), *_runner_up_rows(self.slicing)])
+
+
+def plan_stages(step: Callable[..., Any], *args: Any, **options: Any) -> StagesPlan:
+    """The best pipeline for ``step(*args)``; shapes suffice, nothing runs and no device is touched.
+
+    Args:
+        step: a train step: a pure function of pytrees, or one that updates Flax NNX objects.
+        *args: its arguments, or ``jax.ShapeDtypeStruct`` in their place.
+        **options: see ``Search``.
+
+    Raises:
+        LayerError, MicrobatchError, ScheduleError: the step cannot be cut so.
+        InfeasibleError: nothing fits the memory; names the least that would.
+    """
+    search = Search(**options)
+    traced, trace_s = traced_in_time(adapt(step, args, search.static_argnums))
+    return plan_traced_stages(traced, trace_s, search)
+
+
+def plan_traced_stages(traced: Traced, trace_s: float, search: Search) -> StagesPlan:
+    """The best pipeline for a traced step."""
+    cluster, layers_s, intra_s = search.cluster(), 0.0, 0.0
+    variants = submeshes(cluster, search)
+    runs: dict[tuple[str, int], dict[tuple[int, ...], StageCost]] = {}
+    layered: dict[int, Layered] = {}
+    for m in dict.fromkeys(search.microbatches):
+        start = time.process_time()
+        layered[m] = Layered.of(microbatched(traced, search.splitting(m)), search.layers)
+        middle = time.process_time()
+        runs.update(priced(layered[m].parts, variants, cluster, m))
+        layers_s, intra_s = layers_s + middle - start, intra_s + time.process_time() - middle
+    start, one = time.process_time(), next(iter(layered.values()))
+    tables = LayerTables(
+        one.kinds,
+        runs,
+        one.gradient_bytes,
+        {m: found.boundary_bytes for m, found in layered.items()},
+        tied_arguments(one.step, one.layers),
+        cluster,
+    )
+    problem = SlicingProblem(
+        tables,
+        len(one.kinds),
+        search.devices,
+        tuple(variant.submesh for variant in variants),
+        search.microbatches,
+        search.schedules,
+        chunks=search.chunks,
+        memory_bytes=cluster.device.memory_bytes,
+    )
+    slicing = slice_stages(problem, search.runner_ups)
+    seconds = Seconds(trace_s, layers_s, intra_s, time.process_time() - start)
+    meshes = {variant.submesh.name: variant.mesh for variant in variants}
+    n_problems = sum(map(len, runs.values()))
+    return StagesPlan(slicing, one.kinds, meshes, search, cluster.name, n_problems, seconds, problem)
+
+
+# -- layers
+
+
+@dataclass(frozen=True, eq=False)
+class Layered:
+    """A step in layers, and one stage of each kind.
+
+    Attributes:
+        step: around its loop over microbatches.
+        layers: of the loop's body.
+        kinds: of the layers.
+        parts: a stage of every kind.
+        boundary_bytes: what a microbatch sends between layers.
+    """
+
+    step: Step
+    layers: Layers
+    kinds: tuple[int, ...]
+    parts: Mapping[tuple[int, ...], Part]
+    boundary_bytes: tuple[int, ...]
+
+    @staticmethod
+    def of(step: Step, n_layers: int) -> "Layered":
+        """Cuts a step into layers."""
+        layers = cluster_layers(step.body, n_layers, flops)
+        kinds = layer_kinds(step, layers)
+        return Layered(step, layers, kinds, parts_of_kinds(step, layers, kinds), crossing_bytes(step, layers))
+
+    @property
+    def gradient_bytes(self) -> tuple[int, ...]:
+        """What each layer adds up over the microbatches."""
+        each = {kind: sum(v.nbytes for v in self.parts[kind,].stage.summed) for kind in set(self.kinds)}
+        return tuple(each[kind] for kind in self.kinds)
+
+
+# -- submeshes
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A submesh and how stages are planned on it.
+
+    Attributes:
+        submesh: its name and number of devices.
+        mesh: its axes.
+        frugality: the price of memory, see ``Search``.
+    """
+
+    submesh: Submesh
+    mesh: Mesh
+    frugality: float
+
+
+def submeshes(cluster: Cluster, search: Search) -> tuple[Variant, ...]:
+    """The submeshes to try: powers of two inside a host, then whole hosts, in every useful shape."""
+    found = []
+    for n in search.stage_devices or _sizes(search.devices, cluster.devices_per_host):
+        hosts = -(-n // cluster.devices_per_host)
+        for mesh in _shapes(n, cluster.devices_per_host):
+            for frugality in (0.0, *search.frugality) if n > 1 else (0.0,):
+                name = f"{hosts}x{n // hosts} {mesh}" + (f" frugal {frugality:g}" if frugality else "")
+                found.append(Variant(Submesh(name, n), mesh, frugality))
+    return tuple(found)
+
+
+def _sizes(n_devices: int, host: int) -> list[int]:
+    """Powers of two inside a host, a host, 2, 3, 4 hosts, powers of two of hosts, all hosts."""
+    powers = [1 << i for i in range(n_devices.bit_length())]
+    inside = [n for n in powers if n < min(host, n_devices + 1)]
+    most = n_devices // host
+    return inside + [host * n for n in sorted({n for n in (*powers, 3, most) if 0 < n <= most})]
+
+
+def _shapes(n_devices: int, host: int) -> tuple[Mesh, ...]:
+    """Meshes ``data`` x ``tensor`` with ``tensor`` inside a host.
+
+    Data parallelism over all devices is a plan on any of them. Where all links are alike names mean nothing to an
+    unrestricted plan: 2 x 4 and 4 x 2 are one mesh. The flattest shapes are left out.
+    """
+    inside = min(n_devices, host)
+    tensors = [t for t in range(2, inside + 1) if inside % t == 0 and n_devices % t == 0 and t < n_devices]
+    tensors = [t for t in tensors if t * t >= inside]
+    return tuple(Mesh((("data", n_devices // t), ("tensor", t))) for t in tensors or [1])
+
+
+# -- prices
+
+
+def priced(
+    parts: Mapping[tuple[int, ...], Part], variants: Sequence[Variant], cluster: Cluster, microbatches: int
+) -> dict[tuple[str, int], dict[tuple[int, ...], StageCost]]:
+    """What every part costs under every variant, by (name of the submesh, microbatches) and run of kinds."""
+    found: dict[tuple[str, int], dict[tuple[int, ...], StageCost]] = {}
+    one = RooflineCost(cluster, Mesh((("data", 1), ("tensor", 1))))
+    for run, part in parts.items():
+        stages = Priced.of(part, one, microbatches)
+        (alone,) = stages.costs(one, [0.0])
+        step_s = microbatches * (alone.forward_s + alone.backward_s + alone.weight_s)
+        unit_s_per_byte = step_s / max(alone.state_bytes, 1.0)
+        for mesh in dict.fromkeys(variant.mesh for variant in variants):
+            here = [variant for variant in variants if variant.mesh == mesh]
+            prices = [variant.frugality * unit_s_per_byte for variant in here]
+            costs = (alone,) if mesh == one.mesh else stages.costs(RooflineCost(cluster, mesh), prices)
+            for variant, cost in zip(here, costs, strict=True):
+                found.setdefault((variant.submesh.name, microbatches), {})[run] = cost
+    return found
+
+
+# -- text
+
+
+def _headline(plan: StagesPlan) -> list[str]:
+    found, seconds = plan.slicing, plan.seconds
+    used = sum({stage.device: stage.submesh.n_devices for stage in found.stages}.values())
+    return [
+        f"{found.schedule}, {found.microbatches} microbatches, {len(found.stages)} stages on {used} of "
+        f"{plan.search.devices} devices ({plan.hardware}): {_time(found.total_s)} a step",
+        f"  busiest {_time(found.bottleneck_s)}, filling {_time(found.fill_s)}, update {_time(found.once_s)}",
+        f"  {len(plan.kinds)} layers of {len(set(plan.kinds))} kinds, {plan.n_problems} layer plans; planned in "
+        f"{seconds.total:.1f} s: trace {seconds.trace:.1f}, layers {seconds.layers:.1f}, intra {seconds.intra:.1f}, "
+        f"slicing {seconds.slicing:.1f}",
+    ]
+
+
+def _stage_rows(slicing: Slicing) -> list[str]:
+    width = max(len(stage.submesh.name) for stage in slicing.stages)
+    rows = [f"  stage  layers   {'submesh':{width}}       busy     bubble   memory GB  sent GB"]
+    for k, stage in enumerate(slicing.stages):
+        layers = f"{stage.first_layer}-{stage.last_layer}"
+        rows.append(
+            f"  {k:5}  {layers:7}  {stage.submesh.name:{width}} {_time(stage.busy_s):>10} {_time(stage.bubble_s):>10}"
+            f" {stage.peak_bytes / 1e9:11.2f} {stage.sent_bytes / 1e9:8.3f}"
+        )
+    return rows
+
+
+def _runner_up_rows(slicing: Slicing) -> list[str]:
+    rows = ["  runner-ups:"] if slicing.runner_ups else []
+    for other in slicing.runner_ups:
+        slower = other.total_s / slicing.total_s - 1
+        rows.append(f"    {_time(other.total_s)} ({slower:+.1%}): {', '.join(_differences(slicing, other))}")
+    return rows
+
+
+def _differences(best: Slicing, other: Slicing) -> list[str]:
+    pairs = [
+        ("schedule", best.schedule, other.schedule),
+        ("microbatches", best.microbatches, other.microbatches),
+        ("stages", len(best.stages), len(other.stages)),
+        ("submeshes", _submeshes_of(best), _submeshes_of(other)),
+    ]
+    return [f"{what} {theirs} for {ours}" for what, ours, theirs in pairs if ours != theirs] or ["other layers"]
+
+
+def _submeshes_of(slicing: Slicing) -> str:
+    counts: dict[str, int] = {}
+    for stage in slicing.stages:
+        counts[stage.submesh.name] = counts.get(stage.submesh.name, 0) + 1
+    return " + ".join(f"{n} of {name}" for name, n in counts.items())
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,361 @@
+"""Compiles a step into a pipeline of stages on submeshes, and runs it in the order of a schedule."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from autopar.cluster import Mesh
+from autopar.ir.body import ancestors
+from autopar.ir.program import Atom, Constant, Value
+from autopar.ir.stages import Part, Stage, Stages, Tag
+from autopar.ir.trace import Traced
+from autopar.lowering.local_program import LocalProgram, Slot
+from autopar.lowering.mpmd import StageRunner, compile_piece, slot_sharding, zeros_of
+from autopar.lowering.mpmd_parts import StageParts, cut_parts
+from autopar.lowering.mpmd_send import send
+from autopar.lowering.mpmd_step import ONCE, Call, Shift, StepRun
+from autopar.lowering.pipeline_cut import PipelineError, into_stages, microbatched
+from autopar.lowering.spmd import device_mesh
+from autopar.plan import Splitting
+from autopar.solver.schedule import Kind, Schedule, Task
+from autopar.solver.schedule.data import MOVES
+
+PARTS = {Kind.FORWARD: Part.FORWARD, Kind.BACKWARD: Part.BACKWARD, Kind.WEIGHT: Part.WEIGHTS}
+"""What a task of a schedule runs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A pipeline, ready to run.
+
+    Attributes:
+        traced: the step.
+        cut: its stages.
+        local_programs: what each stage runs in one go, before it is cut into parts.
+        runners: the compiled stages, replica by replica.
+        meshes: the devices behind each device of the schedule.
+        schedule: the order of tasks.
+        calls: prologues, tasks and updates in the order of dispatch.
+        constants: values that depend on nothing but leave the stages or are sliced.
+        donate: whether the buffers of the state are reused.
+        peaks: of the latest step, for each device the most activations that it kept at one time.
+    """
+
+    traced: Traced
+    cut: Stages
+    local_programs: tuple[LocalProgram, ...]
+    runners: tuple[StageRunner, ...]
+    meshes: tuple[jax.sharding.Mesh, ...]
+    schedule: Schedule
+    calls: "Calls"
+    constants: Mapping[Value, Any]
+    donate: bool
+    peaks: list[int] = field(default_factory=list)
+
+    def __call__(self, *args: Any) -> Any:
+        """One step: the step's own arguments and results."""
+        results = self.run(jax.tree.leaves(args))
+        return jax.tree.unflatten(self.traced.out_tree, results)
+
+    def run(self, leaves: Sequence[Any], watch: Callable[[Call, list[jax.Array]], None] | None = None) -> list[Any]:
+        """One step on flat arguments.
+
+        Args:
+            leaves: argument leaves.
+            watch: called with every piece that was dispatched, and its results.
+        """
+        run = self.start(leaves)
+        for call in self.calls.prologue:
+            _watched(run, call, True, watch)
+        if self.schedule.n_microbatches > 1:
+            run.start_sums()
+        for call, last in self.calls.tasks:
+            if isinstance(call, Shift):
+                run.shift(call)
+            else:
+                _watched(run, call, last, watch)
+        run.finish_loop()
+        for call in self.calls.update:
+            _watched(run, call, True, watch)
+        self.peaks[:] = [run.peak.get(device, 0) for device in range(self.schedule.n_devices)]
+        return [self._result(run, atom) for atom in self.cut.step.outputs]
+
+    def start(self, leaves: Sequence[Any]) -> StepRun:
+        """A step whose arguments are in place, and of which nothing has run."""
+        inputs = self.cut.step.inputs
+        arguments = dict(zip(inputs, (*leaves, *self.traced.program.constants), strict=True))
+        run = StepRun(self.cut, self.runners, self.meshes, {**self.constants, **arguments})
+        self._place(run, dict(zip(inputs, leaves, strict=False)))
+        for index, placed in enumerate(self.closed_over):
+            run.held(index).update(placed)
+        return run
+
+    @functools.cached_property
+    def closed_over(self) -> list[dict[Slot, jax.Array]]:
+        """The arrays that the step closes over, where each runner wants them."""
+        program = self.traced.program
+        arrays = dict(zip(program.inputs[len(program.arguments) :], program.constants, strict=True))
+        placed = []
+        for runner in self.runners:
+            read = [(slot, arrays[value]) for value, slot in runner.parts.inputs.items() if value in arrays]
+            placed.append({slot: send(array, slot_sharding(slot, runner.mesh)) for slot, array in read})
+        return placed
+
+    def _place(self, run: StepRun, arguments: Mapping[Value, Any]) -> None:
+        seen: set[int] = set()
+        for index, runner in enumerate(self.runners):
+            shared: list[Slot] = []
+            for value in (value for value in runner.parts.inputs if value in arguments):
+                array = arguments[value]
+                there = run.put(index, value, array) is array
+                if self.donate and self.cut.home.get(value) == index and (not there or id(array) in seen):
+                    shared.append(runner.parts.inputs[value])
+                seen.add(id(array))
+            # device_put may keep a shard of its source: only a program's results are surely new buffers.
+            held = run.held(index)
+            held.update(zip(shared, _copies([held[slot] for slot in shared]), strict=True))
+
+    def _result(self, run: StepRun, atom: Atom) -> Any:
+        if isinstance(atom, Constant):
+            return jnp.asarray(atom.value, atom.aval.dtype)
+        if atom in run.wholes:
+            return run.wholes[atom]
+        parts = {total: part for part, total in self.cut.step.sums.items()}
+        stage = self.cut.maker[atom]
+        return run.held(stage)[self.runners[stage].parts.outputs[parts.get(atom, atom)]]
+
+
+def _watched(run: StepRun, call: Call, last: bool, watch: Callable[[Call, list[jax.Array]], None] | None) -> None:
+    results = run.run(call, last=last)
+    if watch is not None:
+        watch(call, results)
+
+
+@jax.jit
+def _copies(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(array) for array in arrays]
+
+
+StagePlanner = Callable[[Stage, Mesh, int], LocalProgram]
+"""Plans a stage on a submesh, for so many microbatches a step: its whole program, every part once."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a pipeline runs what.
+
+    Attributes:
+        schedule: the order of tasks; says how many stages, devices of the pipeline and microbatches there are.
+        meshes: the submesh behind each device of the schedule, cut from the devices in turn.
+        stage_of_layer: the stage of each layer; empty for one layer a stage, of equal work.
+        splitting: which arguments are the batch, and what is allowed; the number of microbatches is the schedule's.
+    """
+
+    schedule: Schedule
+    meshes: tuple[Mesh, ...]
+    stage_of_layer: tuple[int, ...] = ()
+    splitting: Splitting = field(default_factory=Splitting)
+
+
+def build_pipeline(
+    traced: Traced,
+    layout: Layout,
+    plan_stage: StagePlanner,
+    devices: Sequence[Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """A traced step as a pipeline: cut, planned stage by stage, compiled.
+
+    Args:
+        traced: the step.
+        layout: where to run what.
+        plan_stage: plans one stage.
+        devices: of all submeshes, one after the other; None for those that JAX sees.
+        settings: as for ``compile_pipeline``.
+
+    Raises:
+        LayerError, PipelineError, MicrobatchError, MeshError: see their texts.
+    """
+    schedule, meshes = layout.schedule, layout.meshes
+    splitting = replace(layout.splitting, microbatches=schedule.n_microbatches)
+    stages = into_stages(microbatched(traced, splitting), schedule, layout.stage_of_layer)
+    _check_devices(len(meshes), schedule)
+    places = [meshes[device] for device in schedule.placements[0]]
+    programs = [plan_stage(s, mesh, schedule.n_microbatches) for s, mesh in zip(stages.stages, places, strict=True)]
+    rest, submeshes = list(jax.devices() if devices is None else devices), []
+    for mesh in meshes:
+        submeshes.append(device_mesh(mesh, rest))
+        rest = rest[mesh.n_devices :]
+    return compile_pipeline(traced, stages, programs, submeshes, schedule, settings)
+
+
+def compile_pipeline(
+    traced: Traced,
+    stages: Stages,
+    local_programs: Sequence[LocalProgram],
+    meshes: Sequence[jax.sharding.Mesh],
+    schedule: Schedule,
+    settings: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compiles a pipeline.
+
+    Args:
+        traced: the step.
+        stages: the step in stages.
+        local_programs: the planned local program of each stage.
+        meshes: the devices behind each device of the schedule, of the shape that the programs of its stages want.
+        schedule: the order of tasks.
+        settings: "donate": whether buffers are reused, those of the state too (True); "compiler_options": for XLA.
+
+    Raises:
+        PipelineError: numbers or shapes differ.
+    """
+    _check_sizes(local_programs, meshes, schedule)
+    settings = settings or {}
+    donate = settings.get("donate", True) and len(schedule.placements) == 1
+    pairs = zip(local_programs, stages.stages, strict=True)
+    parts = [cut_parts(local, stage, stages.varying) for local, stage in pairs]
+    own = [_own(i, part, parts, stages) if donate else None for i, part in enumerate(parts)]
+    compiler = _Compiler(stages.step.monoids, schedule.n_microbatches > 1, settings.get("compiler_options"))
+    runners = []
+    for replica, row in enumerate(schedule.placements):
+        for i, device in enumerate(row):
+            place = (i, replica, device)
+            runners.append(compiler.runner(place, parts[i], meshes[device], own[i]))
+    calls = order_calls(runners, schedule)
+    programs, constants = tuple(local_programs), _constants(stages)
+    return Compiled(traced, stages, programs, tuple(runners), tuple(meshes), schedule, calls, constants, donate)
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    """What the compilation of all stages shares."""
+
+    monoids: Mapping[Value, str]
+    adds: bool
+    options: Mapping[str, Any] | None
+
+    def runner(
+        self, place: tuple[int, int, int], part: StageParts, mesh: jax.sharding.Mesh, own: Sequence[Slot] | None
+    ) -> StageRunner:
+        """A replica of a stage; ``place`` is the stage, the replica, the device of the schedule."""
+        monoids = self.monoids if self.adds else None
+        pieces = {}
+        for piece in part.pieces:
+            if place[1] == 0 or piece.tag.part != Part.UPDATE:
+                dying = own and [slot for slot in own if part.last_reader[slot] == piece.tag]
+                pieces[piece.tag] = compile_piece(piece, mesh, dying, monoids, self.options)
+        sums = tuple(slot for piece in part.pieces for slot in piece.sums)
+        return StageRunner(*place, part, mesh, pieces, sums, zeros_of(sums, mesh, self.monoids))
+
+
+def _check_devices(n_meshes: int, schedule: Schedule) -> None:
+    if n_meshes != schedule.n_devices:
+        raise PipelineError(
+            f"{n_meshes} submeshes for the {schedule.n_devices} devices of schedule {schedule.name}",
+            fix="pass one submesh for every device of the schedule",
+        )
+
+
+def _check_sizes(
+    local_programs: Sequence[LocalProgram], meshes: Sequence[jax.sharding.Mesh], schedule: Schedule
+) -> None:
+    _check_devices(len(meshes), schedule)
+    if len(local_programs) != schedule.n_stages:
+        raise PipelineError(
+            f"{len(local_programs)} stages for the {schedule.n_stages} of schedule {schedule.name}",
+            fix="pass one program for every stage",
+        )
+    for row in schedule.placements:
+        for stage, device in enumerate(row):
+            wanted, found = local_programs[stage].mesh, dict(meshes[device].shape)
+            if wanted.sizes != found:
+                raise PipelineError(
+                    f"stage {stage} was planned for mesh {wanted}, device {device} of the schedule is {found}",
+                    where=f"schedule {schedule.name}",
+                    fix="plan stages on the submesh that runs them; stages of one device share its shape",
+                )
+
+
+def _own(index: int, part: StageParts, parts: Sequence[StageParts], stages: Stages) -> list[Slot]:
+    """Slots whose arrays are this stage's alone: first state that stays here, then what is made here and not sent."""
+
+    def stays(slot: Slot) -> bool:
+        readers = sum(slot.value in other.inputs for other in parts)
+        return part.inputs.get(slot.value) is slot and readers == 1 and stages.home.get(slot.value) == index
+
+    ends = {*part.inputs.values(), *part.outputs.values()}
+    return [*filter(stays, part.last_reader), *(slot for slot in part.last_reader if slot not in ends)]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What a step dispatches, in order.
+
+    Attributes:
+        prologue: before the loop.
+        tasks: in the loop, each with whether it is the last of its piece.
+        update: after it.
+    """
+
+    prologue: tuple[Call, ...]
+    tasks: tuple[tuple[Call | Shift, bool], ...]
+    update: tuple[Call, ...]
+
+
+def order_calls(runners: Sequence[StageRunner], schedule: Schedule) -> Calls:
+    """Prologues, tasks and updates in an order that runs no piece before what it reads."""
+    tasks: list[Call | Shift] = []
+    for task in dispatch_order(schedule):
+        replica = schedule.replica_of[task.microbatch]
+        device = schedule.device_of(task)
+        if task.kind in MOVES:
+            keeper = schedule.partners[device] if task.kind is Kind.EVICT else device
+            tasks.append(Shift(task.stage, task.microbatch, keeper))
+        else:
+            tags = [Tag(PARTS[task.kind])]
+            if task.kind is Kind.BACKWARD and (task.stage, task.microbatch) not in schedule.split:
+                tags.append(Tag(Part.WEIGHTS))
+            present = [tag for tag in tags if tag in runners[task.stage].pieces]
+            tasks += [Call(task.stage, tag, task.microbatch, replica) for tag in present]
+    last = {(call.stage, call.tag): i for i, call in enumerate(tasks) if isinstance(call, Call)}
+    marked = tuple((c, isinstance(c, Call) and last[c.stage, c.tag] == i) for i, c in enumerate(tasks))
+    return Calls(_rounds(runners, Part.PROLOGUE), marked, _rounds(runners, Part.UPDATE))
+
+
+def _rounds(runners: Sequence[StageRunner], part: Part) -> tuple[Call, ...]:
+    found = [(tag, runner.replica, runner.stage) for runner in runners for tag in runner.pieces if tag.part == part]
+    return tuple(Call(stage, tag, ONCE, replica) for tag, replica, stage in sorted(found))
+
+
+def dispatch_order(schedule: Schedule) -> list[Task]:
+    """All tasks in one line: each device's in its order, the devices in turn as what they wait for has been passed."""
+    waiting = [list(reversed(order)) for order in schedule.tasks]
+    done: set[Task] = set()
+    found: list[Task] = []
+    while any(waiting):
+        ready = [row for row in waiting if row and done.issuperset(schedule.dependencies(row[-1]))]
+        assert ready, f"schedule {schedule.name} waits for itself"
+        found.extend(row.pop() for row in ready)
+        done.update(found[-len(ready) :])
+    return found
+
+
+def _constants(stages: Stages) -> dict[Value, Any]:
+    """Results and sliced values that depend on nothing."""
+    step = stages.step
+    known = stages.maker.keys() | set(step.inputs)
+    ends = [v for v in (*step.outputs, *step.slices.values()) if isinstance(v, Value) and v not in known]
+    if not ends:
+        return {}
+    needed = ancestors(step.equations, ends)
+    env: dict[Value, Any] = {}
+    for eqn in (eqn for eqn in step.equations if eqn in needed):
+        operands = [jnp.asarray(a.value, a.aval.dtype) if isinstance(a, Constant) else env[a] for a in eqn.inputs]
+        results = eqn.primitive.bind(*operands, **eqn.params)
+        env.update(zip(eqn.outputs, results if eqn.primitive.multiple_results else [results], strict=True))
+    return {value: env[value] for value in ends}

@@ -1,0 +1,198 @@
+"""Pipelines planned from traced steps: layers of a kind are found, their costs add up, the search is exact."""
+
+import functools
+from dataclasses import replace
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+
+import autopar
+from autopar.api.layer_kinds import layer_kinds, tied_arguments
+from autopar.api.layer_tables import LayerTables
+from autopar.api.planning import traced_in_time
+from autopar.api.stage_costs import Priced
+from autopar.api.staging import Layered, Search, StagesPlan, StagingError, plan_stages, plan_traced_stages, submeshes
+from autopar.cluster import Mesh
+from autopar.cost import RooflineCost, hardware
+from autopar.errors import InfeasibleError
+from autopar.ir.arguments import adapt
+from autopar.ir.stages import cut
+from autopar.ir.trace import Traced
+from autopar.lowering.pipeline_cut import microbatched
+from autopar.plan import Splitting
+from autopar.solver.slicing import Slicing, SlicingProblem, Submesh, slice_stages
+from benchmarks.cases import make
+
+TINY: dict[str, Any] = {"layers": 4, "width": 256, "heads": 4, "seq": 64, "batch": 16, "abstract": True}
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt": {**TINY, "vocab": 128, "optimizer": "sgd"},
+    "bert": {**TINY, "vocab": 512, "optimizer": "sgd"},
+}
+M = 4
+
+
+@functools.cache
+def traced(model: str) -> Traced:
+    step, *args = make(model, **MODELS[model])
+    return traced_in_time(adapt(step, args))[0]
+
+
+@functools.cache
+def layered(model: str, n_layers: int = 4) -> Layered:
+    return Layered.of(microbatched(traced(model), Splitting(microbatches=M)), n_layers)
+
+
+@functools.cache
+def planned(model: str) -> StagesPlan:
+    search = Search(
+        devices=4,
+        hardware="v100",
+        microbatches=(M,),
+        schedules=("1f1b", "gpipe", "zb_h1"),
+        layers=4,
+        stage_devices=(1, 4),
+    )
+    return plan_traced_stages(traced(model), 0.0, search)
+
+
+@pytest.mark.parametrize(("model", "n_layers", "kinds"), [("gpt", 4, (0, 1, 1, 2)), ("bert", 4, (0, 1, 1, 2))])
+def test_layers_with_equal_equations_are_of_one_kind(model, n_layers, kinds):
+    found = layered(model, n_layers)
+    assert found.kinds == kinds
+    assert set(found.parts) == {(0,), (1,), (2,), (1, 1)}
+
+
+def test_rematerialised_layers_are_alike_though_their_barriers_are_numbered():
+    step, *args = make("gpt", **MODELS["gpt"], remat=True)
+    found = Layered.of(microbatched(traced_in_time(adapt(step, args))[0], Splitting(microbatches=M)), 4)
+    assert layer_kinds(found.step, found.layers) == (0, 1, 1, 2)
+
+
+def test_the_residual_stream_is_what_crosses_and_the_table_is_tied():
+    found = layered("gpt")
+    tokens, width = TINY["batch"] // M * TINY["seq"], TINY["width"]
+    assert found.boundary_bytes == (4 * tokens * width,) * 3
+    (tied,) = tied_arguments(found.step, found.layers)
+    assert (tied.layers, tied.nbytes) == ((0, 3), 4 * 128 * width)
+
+
+@pytest.mark.parametrize("mesh", ["data=1,tensor=1", "data=2,tensor=2"])
+@pytest.mark.parametrize("run", [(1, 2), (0, 1), (0, 2)])
+def test_costs_of_layers_add_up_to_those_of_a_stage_planned_whole(mesh, run):
+    found, plan = layered("gpt"), planned("gpt")
+    name = next(name for name, other in plan.meshes.items() if str(other) == mesh)
+    first, last = run
+    numbered = [0 if layer < first else 1 if layer <= last else 2 for layer in range(4)]
+    numbered = [number - numbered[0] for number in numbered]
+    stages = cut(found.step, found.layers, numbered, split_weights=True)
+    cost = RooflineCost(hardware("v100"), Mesh.parse(mesh))
+    part = replace(found.parts[1,], stages=stages, index=numbered[first])
+    (whole,) = Priced.of(part, cost, M).costs(cost, [0.0])
+    summed = plan.problem.costs.cost(first, last, Submesh(name, plan.meshes[name].n_devices), M, "none")
+    for field in ("state_bytes", "activation_bytes_per_microbatch"):  # plans of equal speed differ in what they keep
+        assert getattr(summed, field) == pytest.approx(getattr(whole, field), rel=0.25)
+    passes = [c.forward_s + c.backward_s + c.weight_s for c in (summed, whole)]
+    assert passes[0] == pytest.approx(passes[1], rel=0.03)
+
+
+def test_the_plan_is_that_of_brute_force_over_the_same_costs():
+    problem = replace(planned("gpt").problem, schedules=("1f1b",))
+    found = min(_total_s(problem, cuts) for cuts in _slicings(problem))
+    assert slice_stages(problem).total_s == pytest.approx(found, rel=1e-9)
+
+
+def _slicings(problem: SlicingProblem):
+    n = problem.n_layers
+    for n_cuts in range(n):
+        for cuts in combinations(range(1, n), n_cuts):
+            spans = list(zip((0, *cuts), (*cuts, n), strict=True))
+            yield from _with_submeshes(problem, spans, problem.n_devices)
+
+
+def _with_submeshes(problem, spans, devices):
+    if not spans:
+        yield []
+        return
+    for submesh in problem.submeshes:
+        if submesh.n_devices <= devices:
+            rest = _with_submeshes(problem, spans[1:], devices - submesh.n_devices)
+            yield from ([(*spans[0], submesh), *other] for other in rest)
+
+
+def _total_s(problem: SlicingProblem, cuts) -> float:
+    """1F1B: the busiest stage runs m microbatches, the others fill; each send and its way back is waited for."""
+    costs, m = problem.costs, M
+    stages = [costs.cost(first, end - 1, submesh, m, "none") for first, end, submesh in cuts]
+    sends = [costs.transfer_s(one[1] - 1, one[2], other[2], m) for one, other in pairwise(cuts)]
+    work = [cost.forward_s + cost.backward_s + cost.weight_s for cost in stages]
+    busy = [(m - 1) * (each + 2.0 * send) for each, send in zip(work, [*sends, 0.0], strict=True)]
+    return max(busy) + sum(work) + 2.0 * sum(sends) + max(cost.sync_s + cost.optimizer_s for cost in stages)
+
+
+def test_more_devices_are_never_slower():
+    problem = planned("gpt").problem
+    steps = [slice_stages(replace(problem, n_devices=n)).total_s for n in (1, 2, 3, 4, 8)]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[-1] < steps[0]
+
+
+def test_less_memory_is_kept_to_and_never_faster():
+    plan = planned("gpt")
+    peak_bytes = max(stage.peak_bytes for stage in plan.slicing.stages)
+    tight = slice_stages(replace(plan.problem, memory_bytes=0.8 * peak_bytes))
+    assert max(stage.peak_bytes for stage in tight.stages) <= 0.8 * peak_bytes
+    assert tight.total_s >= plan.step_s
+
+
+def test_too_little_memory_is_refused_with_the_least_that_would_do():
+    problem = replace(planned("gpt").problem, n_devices=1, memory_bytes=1e5)
+    with pytest.raises(
+        InfeasibleError, match=r"(?s)no slicing fits 100000 bytes per device: the least .*\(layers 0 to 3"
+    ):
+        slice_stages(problem)
+
+
+def test_frugal_plans_of_a_layer_keep_less():
+    plan = planned("gpt")
+    costs = plan.problem.costs
+    assert isinstance(costs, LayerTables)
+    for name in plan.meshes:
+        if "frugal" in name:
+            lean, fast = (costs.runs[key, M][1,] for key in (name, name.partition(" frugal")[0]))
+            assert lean.state_bytes <= fast.state_bytes
+
+
+def test_submeshes_are_powers_of_two_in_a_host_and_whole_hosts():
+    search = Search(devices=24, frugality=())
+    found = {variant.submesh.name for variant in submeshes(hardware("v100"), search)}
+    assert found == {
+        "1x1 data=1,tensor=1", "1x2 data=2,tensor=1", "1x4 data=2,tensor=2", "1x8 data=2,tensor=4",
+        "2x8 data=4,tensor=4", "2x8 data=2,tensor=8", "3x8 data=6,tensor=4", "3x8 data=3,tensor=8",
+    }  # fmt: skip
+
+
+def test_a_plan_says_what_it_predicts_and_how_to_run_it():
+    plan = planned("gpt")
+    for part in ("of 4 devices (v100)", "memory GB", "runner-ups:", "schedule", "layer plans"):
+        assert part in str(plan)
+    options = plan.pipeline_options()
+    assert options["mesh"] == str(plan.meshes[plan.slicing.stages[0].submesh.name])
+    assert len(options["stage_of_layer"]) == 4
+    assert options["submeshes"] * options["chunks"] == len(plan.slicing.stages)
+    autopar.pipeline(traced, **options)
+
+
+def test_stages_on_different_meshes_are_not_for_one_mesh():
+    plan = planned("gpt")
+    first = plan.slicing.stages[0]
+    other = replace(first, submesh=Submesh("1x4 data=2,tensor=2", 4))
+    mixed = replace(plan, slicing=replace(plan.slicing, stages=(first, other)))
+    with pytest.raises(StagingError, match="one mesh for all stages"):
+        mixed.pipeline_options()
+
+
+def test_planning_takes_shapes_and_says_what_it_spent():
+    step, *args = make("gpt", **MODELS["gpt"])
+    plan = plan_stages(step, *args, devices=2, hardware="v100", microbatches=(2,), layers=2, stage_devices=(1,))
+    assert isinstance(plan.slicing, Slicing) and plan.seconds.total > plan.seconds.intra > 0
