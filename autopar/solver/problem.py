@@ -127,7 +127,7 @@ class Problem:
                 live = float(usage.bytes[strategies[usage.node]])
                 change.setdefault(usage.lo, []).append(live)
                 change.setdefault(usage.hi, []).append(-live)
-        return max(np.cumsum([math.fsum(change[time]) for time in sorted(change)]), default=0.0)
+        return float(max(np.cumsum([math.fsum(change[time]) for time in sorted(change)]), default=0.0))
 
     def feasible(self, strategies: Sequence[int]) -> bool:
         """Whether the cost is finite and the peak within the limit (and float64 rounding of it, 1e-13)."""
