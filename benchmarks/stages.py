@@ -8,7 +8,7 @@ import argparse
 import time
 from dataclasses import dataclass
 
-from autopar.api.staging import StagesPlan, plan_stages
+from autopar.api.staging.search import StagesPlan, plan_stages
 from models import gpt
 
 

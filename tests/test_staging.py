@@ -8,18 +8,26 @@ from typing import Any
 import pytest
 
 import autopar
-from autopar.api.layer_kinds import layer_kinds, tied_arguments
-from autopar.api.layer_tables import LayerTables
 from autopar.api.planning import traced_in_time
-from autopar.api.stage_costs import Priced
-from autopar.api.staging import Layered, Search, StagesPlan, StagingError, plan_stages, plan_traced_stages, submeshes
+from autopar.api.staging.costs import Priced
+from autopar.api.staging.kinds import layer_kinds, tied_arguments
+from autopar.api.staging.search import (
+    Layered,
+    Search,
+    StagesPlan,
+    StagingError,
+    plan_stages,
+    plan_traced_stages,
+    submeshes,
+)
+from autopar.api.staging.tables import LayerTables
 from autopar.cluster import Mesh
 from autopar.cost import RooflineCost, hardware
 from autopar.errors import InfeasibleError
 from autopar.ir.arguments import adapt
 from autopar.ir.stages import cut
 from autopar.ir.trace import Traced
-from autopar.lowering.pipeline_cut import microbatched
+from autopar.lowering.pipeline.cut import microbatched
 from autopar.plan import Splitting
 from autopar.solver.slicing import Slicing, SlicingProblem, Submesh, slice_stages
 from benchmarks.cases import make

@@ -8,16 +8,14 @@ from typing import Any
 import jax
 
 from autopar.api.planning import Options, plan_prepared, traced_in_time
+from autopar.api.staging.prepare import prepare_stage
 from autopar.cluster import Mesh
 from autopar.compat import shape_struct
 from autopar.ir.arguments import Adapted, adapt
 from autopar.ir.stages import Stage
 from autopar.lowering.local_program import LocalProgram, build_local_program
-from autopar.lowering.mpmd_trace import Measured, measure
-from autopar.lowering.pipeline import Compiled, Layout, build_pipeline
-from autopar.lowering.pipeline_cut import stage_trace, times_in_step
-from autopar.planner.intra import Formulator
-from autopar.planner.search import prepare
+from autopar.lowering.pipeline.build import Compiled, Layout, build_pipeline
+from autopar.lowering.pipeline.trace import Measured, measure
 from autopar.solver.schedule import Schedule, make_schedule
 
 
@@ -95,12 +93,8 @@ def _plan_stage(stage: Stage, mesh: Mesh, microbatches: int, *, options: Options
     """The best local program of a stage on its submesh; what runs per microbatch is priced so often."""
     own = replace(options, mesh=mesh)
     cost = own.cost_model(mesh)
-    traced = stage_trace(stage)
-    prepared = prepare(traced, cost, strict=options.strict)
-    times = times_in_step(stage, prepared.graph.program, prepared.graph.times, microbatches)
-    graph = replace(prepared.graph, times=times)
-    prepared = replace(prepared, graph=graph, formulator=Formulator(graph, cost))
-    return build_local_program(traced.program, plan_prepared(prepared, cost, own), cost, prepared.rules)
+    prepared = prepare_stage(stage, cost, microbatches, strict=options.strict)
+    return build_local_program(stage.program, plan_prepared(prepared, cost, own), cost, prepared.rules)
 
 
 _LAYOUT = tuple(Pipeline.__dataclass_fields__)

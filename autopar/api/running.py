@@ -17,8 +17,8 @@ from autopar.ir.fingerprint import fingerprint
 from autopar.ir.trace import Traced
 from autopar.lowering.jit import lower_jit
 from autopar.lowering.local_program import build_local_program
-from autopar.lowering.microbatch import split_step
-from autopar.lowering.spmd import device_mesh, lower, shardings
+from autopar.lowering.spmd import copies, device_mesh, lower, shardings
+from autopar.lowering.time.microbatch import split_step
 from autopar.plan import Plan
 
 
@@ -152,7 +152,7 @@ class _Compiled:
             seen.add(id(leaf))
             placed.append(leaf if there else jax.device_put(leaf, sharding, may_alias=False if i in donated else None))
         # device_put may keep a shard of its source, may_alias or not: only a program's results are surely new buffers.
-        for i, copy in zip(shared, _copies([placed[i] for i in shared]), strict=True):
+        for i, copy in zip(shared, copies([placed[i] for i in shared]), strict=True):
             placed[i] = copy
         return placed
 
@@ -161,11 +161,6 @@ class _Compiled:
         placed = self.place(jax.tree.leaves(adapted.arguments))
         results = self.function(*placed, *self.constants)
         return adapted.restore(jax.tree.unflatten(self.traced.out_tree, results))
-
-
-@jax.jit
-def _copies(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [jax.numpy.copy(array) for array in arrays]
 
 
 def check_fits(plan: Plan, traced: Traced) -> Traced:

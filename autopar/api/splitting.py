@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from autopar.errors import InfeasibleError, MicrobatchError
 from autopar.ir.trace import Traced
-from autopar.lowering.microbatch import batch_arguments, split_step
+from autopar.lowering.time.microbatch import batch_arguments, split_step
 from autopar.plan import Plan, Splitting
 
 log = logging.getLogger(__name__)

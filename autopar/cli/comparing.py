@@ -12,7 +12,7 @@ from autopar.cli.options import Searching
 from autopar.cli.planning import Job, prepare_job
 from autopar.cost import CostModel
 from autopar.errors import InfeasibleError, PinError, PresetError
-from autopar.lowering.microbatch import split_step
+from autopar.lowering.time.microbatch import split_step
 from autopar.plan import Plan
 from autopar.plan.figures import nbytes, seconds
 from autopar.plan.terminal import table

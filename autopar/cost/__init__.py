@@ -1,7 +1,7 @@
 """What a plan costs: seconds of computation and communication on given hardware."""
 
 from autopar.cost.alpa import AlpaCost
-from autopar.cost.compute import equation_flops, equation_transcendentals, fusible
+from autopar.cost.compute import equation_flops, equation_transcendentals, flops_of, fusible
 from autopar.cost.model import COLLECTIVES, CostModel, RooflineCost, Work, on_chip_bytes, overlaps, rounds_products
 from autopar.cost.profiles import PROFILES, hardware, read_profile, write_profile
 
@@ -14,6 +14,7 @@ __all__ = [
     "Work",
     "equation_flops",
     "equation_transcendentals",
+    "flops_of",
     "fusible",
     "hardware",
     "on_chip_bytes",

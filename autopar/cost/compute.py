@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from autopar.ir.program import Equation
+
 Shape = tuple[int, ...]
 Shapes = Sequence[Shape]
 
@@ -77,6 +79,14 @@ def equation_flops(primitive: str, params: Mapping[str, Any], operands: Shapes, 
     if primitive in REDUCTIONS:
         return float(math.prod(operands[0]) - math.prod(results[0]))
     return 0.0
+
+
+def flops_of(eqn: Equation) -> float:
+    """Floating-point operations of a whole equation, as ``equation_flops`` counts them."""
+    if not eqn.outputs:
+        return 0.0
+    operands, results = ([tuple(atom.aval.shape) for atom in atoms] for atoms in (eqn.inputs, eqn.outputs))
+    return equation_flops(eqn.primitive.name, eqn.params, operands, results)
 
 
 def equation_transcendentals(primitive: str, results: Shapes) -> float:

@@ -1,8 +1,8 @@
 """A step around its loop over microbatches: what runs before the loop, in it, and after it.
 
-The loop is the scan into which ``autopar.lowering.phased`` writes a program that was cut at its time axis. A pipeline
-runs its iterations in an order of its own, so the scan is taken apart: what it carries are sums of terms, what it scans
-are slices of whole values, what it stacks are parts.
+The loop is the scan into which ``autopar.lowering.time.phased`` writes a program that was cut at its time axis. A
+pipeline runs its iterations in an order of its own, so the scan is taken apart: what it carries are sums of terms, what
+it scans are slices of whole values, what it stacks are parts.
 """
 
 import math
@@ -141,7 +141,7 @@ def _term(loop: Equation, carry: Value, eqn: Equation | None) -> tuple[Value, st
         raise LoopError(
             f"{carry.name} is no sum over the iterations of {loop.name}",
             where=f"it becomes {eqn}",
-            fix="cut a loop over microbatches, as autopar.lowering.phased writes it",
+            fix="cut a loop over microbatches, as autopar.lowering.time.phased writes it",
         )
     return terms[0], monoid
 

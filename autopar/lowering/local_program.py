@@ -51,6 +51,16 @@ class Move:
     after: Slot | None = None
     repeat: int = 0
 
+    @property
+    def inputs(self) -> tuple[Slot, ...]:
+        """What it reads, as every instruction has it."""
+        return (self.source,)
+
+    @property
+    def outputs(self) -> tuple[Slot, ...]:
+        """What it makes, as every instruction has it."""
+        return (self.target,)
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -102,6 +112,11 @@ class Branch:
 
 
 Instruction = Move | Run | Barrier | Loop | Branch
+
+
+def reads(instruction: Instruction) -> tuple[Slot, ...]:
+    """The slots that an instruction reads, one for each operand that is no constant."""
+    return tuple(operand for operand in instruction.inputs if isinstance(operand, Slot))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,13 +2,13 @@
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.cost import CostModel, Work, equation_flops, fusible, rounds_products
 from autopar.cost.liveness import LAYOUT, kept_values, read_by_products
 from autopar.cost.on_chip import Stay, chip_of, placed_on_chip
-from autopar.lowering.local_program import Barrier, Branch, Instruction, LocalProgram, Loop, Move, Run, Slot
+from autopar.lowering.local_program import Barrier, Branch, Instruction, LocalProgram, Loop, Move, Run, Slot, reads
 from autopar.lowering.turns import PRODUCTS, at_leisure, in_turn
 from autopar.plan import Collective
 
@@ -134,7 +134,7 @@ def _copied(local: LocalProgram, state: Sequence[tuple[int, int]]) -> list[Live]
     moved = {i.target for i in local.instructions if isinstance(i, Move) and not _fuses(i) and not _transposes(i)}
     old = {local.inputs[i]: [0] for i, o in state if local.outputs[o] in moved}
     for position, instruction in enumerate(local.instructions):
-        for slot in _reads(instruction):
+        for slot in reads(instruction):
             if slot in old:
                 old[slot].append(position)
     return [Live(slot.value.name, local_bytes(slot, local), 0, at[-1] + 1, tuple(at)) for slot, at in old.items()]
@@ -190,7 +190,7 @@ def live_buffers(local: LocalProgram, *, rounds_products: bool = False) -> list[
         narrow = slot in rounded and slot.value.itemsize == 4
         return local_bytes(slot, local) / (2 if narrow else 1)
 
-    kept = kept_values(((_fuses(i), tuple(_reads(i)), tuple(_writes(i))) for i in local.instructions), nbytes)
+    kept = kept_values(((_fuses(i), reads(i), i.outputs) for i in local.instructions), nbytes)
     stored = _stored(local, kept)
     again = _recomputed(local, stored, kept)
     found = [Live(slot.value.name, local_bytes(slot, local), 0, end) for slot in local.inputs]
@@ -219,15 +219,15 @@ def _stored(local: LocalProgram, kept: Kept) -> dict[Slot, list[int]]:
     for position, instruction in enumerate(local.instructions):
         # What is on its way to where an equation waits for it may be there until then.
         awaited = [moved[i] for i in _awaited(instruction) if i in moved]
-        reads = [slot for read in (*_reads(instruction), *awaited) for slot in kept.get(read, (read,)) if slot in uses]
+        found = [slot for read in (*reads(instruction), *awaited) for slot in kept.get(read, (read,)) if slot in uses]
         # The compiler does not keep a large value for what makes it small and may run at any time.
-        soon = max((uses[slot][0] + 1 for slot in reads), default=0)
-        for slot in reads:
+        soon = max((uses[slot][0] + 1 for slot in found), default=0)
+        for slot in found:
             at = soon if instruction in reductions else position
             uses[slot].append(at)
             if _in_memory(uses[slot][0], at, instruction, local, heavy):
                 needed.add(slot)
-        uses.update((slot, [position]) for slot in _writes(instruction))
+        uses.update((slot, [position]) for slot in instruction.outputs)
     done = {*local.inputs, *(slot for slot in local.outputs if isinstance(slot, Slot))}
     return {slot: sorted(at) for slot, at in uses.items() if slot in needed and slot not in done}
 
@@ -246,15 +246,15 @@ def _recomputed(local: LocalProgram, stored: Mapping[Slot, list[int]], kept: Kep
     inputs, again = set(local.inputs), set[Slot]()
     readers: dict[Slot, list[Instruction]] = {slot: [] for slot in stored}
     for instruction in local.instructions:
-        for slot in {s for read in _reads(instruction) for s in kept.get(read, (read,))} & readers.keys():
+        for slot in {s for read in reads(instruction) for s in kept.get(read, (read,))} & readers.keys():
             readers[slot].append(instruction)
     for instruction in local.instructions:
-        for slot in _writes(instruction) if _fuses(instruction) else ():
+        for slot in instruction.outputs if _fuses(instruction) else ():
             products = [reader for reader in readers.get(slot, ()) if _multiplies(reader)]
             others = [reader for reader in readers.get(slot, ()) if not (_fuses(reader) or _multiplies(reader))]
             if slot not in stored or others or len(products) > _MOST_PRODUCTS:
                 continue
-            sources = frozenset().union(*(kept.get(item, frozenset((item,))) for item in _reads(instruction)))
+            sources = frozenset().union(*(kept.get(item, frozenset((item,))) for item in reads(instruction)))
             large = [s for s in sources if 2 * local_bytes(s, local) >= local_bytes(slot, local)]
             if all(s in inputs or (s in stored and stored[s][-1] >= stored[slot][-1]) for s in large):
                 again.add(slot)
@@ -285,8 +285,8 @@ def _read_by_products(local: LocalProgram) -> frozenset[Slot]:
     steps = [
         (
             i.equation.primitive.name if isinstance(i, Run) else LAYOUT if isinstance(i, Move) else "",
-            _reads(i),
-            _writes(i),
+            reads(i),
+            i.outputs,
         )
         for i in local.instructions
     ]
@@ -303,16 +303,6 @@ def _temporary(body: LocalProgram, rounds_products: bool) -> float:
     """The most bytes that a body holds beyond its inputs."""
     buffers = live_buffers(body, rounds_products=rounds_products)
     return peak(buffers)[0] - sum(local_bytes(slot, body) for slot in body.inputs)
-
-
-def _reads(instruction: Instruction) -> Iterable[Slot]:
-    if isinstance(instruction, Move):
-        return (instruction.source,)
-    return (slot for slot in instruction.inputs if isinstance(slot, Slot))
-
-
-def _writes(instruction: Instruction) -> Iterable[Slot]:
-    return (instruction.target,) if isinstance(instruction, Move) else instruction.outputs
 
 
 def _fuses(instruction: Instruction) -> bool:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autopar.lowering.local_program import Branch, Instruction, LocalProgram, Loop, Move, Run, Slot
+from autopar.lowering.local_program import Branch, Instruction, LocalProgram, Loop, Move, Run, Slot, reads
 from autopar.lowering.predict import walk
 
 
@@ -98,17 +98,17 @@ class _Clocks:
         self.sent_s = 0.0
         self.to_compute: Waiting = []
         self.to_send: Waiting = []
-        self.missing = [len(set(_reads(i))) for i in local.instructions]
+        self.missing = [len(set(reads(i))) for i in local.instructions]
         self.ready_s = [0.0] * len(local.instructions)
         self.readers: dict[Slot, list[int]] = {}
         for number, instruction in enumerate(local.instructions):
-            for slot in set(_reads(instruction)):
+            for slot in set(reads(instruction)):
                 self.readers.setdefault(slot, []).append(number)
         self.after = self._one_ahead(local)
         for slot in local.inputs:
             self._made(slot, 0.0)
         for number, missing in enumerate(self.missing):
-            if missing == 0 and not _reads(local.instructions[number]):
+            if missing == 0 and not reads(local.instructions[number]):
                 self._issue(number)
 
     def _one_ahead(self, local: LocalProgram) -> dict[Slot, int]:
@@ -117,7 +117,7 @@ class _Clocks:
         moves = [n for n, i in enumerate(local.instructions) if isinstance(i, Move) and i.source in there]
         for number in moves[1:]:
             self.missing[number] += 1
-        targets = [_makes(self.instructions[number])[0] for number in moves]
+        targets = [self.instructions[number].outputs[0] for number in moves]
         return dict(zip(targets, moves[1:], strict=False))
 
     def run(self) -> list[Event]:
@@ -154,11 +154,11 @@ class _Clocks:
         instruction = self.instructions[number]
         stop_s = start_s + self.durations_s[number]
         self.events.append(Event(instruction, start_s, stop_s))
-        for slot in _reads(instruction):
+        for slot in reads(instruction):
             following = self.after.pop(slot, None)
             if following is not None:
                 self._less(following, start_s)
-        for slot in _makes(instruction):
+        for slot in instruction.outputs:
             self._made(slot, stop_s)
         return stop_s
 
@@ -176,13 +176,3 @@ class _Clocks:
     def _issue(self, number: int) -> None:
         waiting = self.to_send if isinstance(self.instructions[number], Move) else self.to_compute
         heapq.heappush(waiting, (self.ready_s[number], number))
-
-
-def _reads(instruction: Instruction) -> tuple[Slot, ...]:
-    if isinstance(instruction, Move):
-        return (instruction.source,)
-    return tuple(operand for operand in instruction.inputs if isinstance(operand, Slot))
-
-
-def _makes(instruction: Instruction) -> tuple[Slot, ...]:
-    return (instruction.target,) if isinstance(instruction, Move) else instruction.outputs

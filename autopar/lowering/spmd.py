@@ -54,6 +54,12 @@ def argument_shardings(tree: Any, plan: Plan, devices: Sequence[Any] | None = No
     return jax.tree.unflatten(tree, shardings(specs, device_mesh(plan.mesh, devices)))
 
 
+@jax.jit
+def copies(arrays: list[jax.Array]) -> list[jax.Array]:
+    """The arrays in buffers of their own, which may be donated."""
+    return [jnp.copy(array) for array in arrays]
+
+
 def run_instructions(local: LocalProgram, arguments: Sequence[Any]) -> list[Any]:
     """Executes a local program on one device's blocks, inside ``jax.shard_map`` over its mesh.
 

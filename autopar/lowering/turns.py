@@ -6,7 +6,7 @@ whatever that reads.
 
 from dataclasses import replace
 
-from autopar.lowering.local_program import Branch, Instruction, LocalProgram, Loop, Move, Run, Slot
+from autopar.lowering.local_program import Branch, Instruction, LocalProgram, Loop, Move, Run, Slot, reads
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 _LARGE = (*PRODUCTS, "scatter-add")
@@ -62,11 +62,9 @@ def at_leisure(local: LocalProgram) -> set[Instruction]:
     needed: set[Slot] = set()
     found: set[Instruction] = set()
     for instruction in reversed(local.instructions):
-        reads = [instruction.source] if isinstance(instruction, Move) else instruction.inputs
-        makes = [instruction.target] if isinstance(instruction, Move) else instruction.outputs
         name = instruction.equation.primitive.name if isinstance(instruction, Run) else ""
-        if name in PRODUCTS or isinstance(instruction, Loop | Branch) or not needed.isdisjoint(makes):
-            needed.update(slot for slot in reads if isinstance(slot, Slot))
+        if name in PRODUCTS or isinstance(instruction, Loop | Branch) or not needed.isdisjoint(instruction.outputs):
+            needed.update(reads(instruction))
         else:
             found.add(instruction)
     return found

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.cost import CostModel, Work, equation_flops, fusible
+from autopar.cost import CostModel, Work, flops_of, fusible
 from autopar.cost.liveness import kept_values, read_by_products
 from autopar.cost.measured import HEAVY, MeasuredCost, local_call
 from autopar.cost.model import LocalCall
@@ -144,12 +144,6 @@ class Pricing:
             shapes = [spec.complete.local_shape(atom.aval.shape, self.space.sizes) for spec, atom in pairs]
             found.append(local_call(eqn.primitive, eqn.params, shapes, dtypes))
         return found
-
-
-def flops_of(eqn: Equation) -> float:
-    """Floating-point operations of a whole equation."""
-    shapes = [atom.aval.shape for atom in eqn.inputs]
-    return equation_flops(eqn.primitive.name, eqn.params, shapes, [value.shape for value in eqn.outputs])
 
 
 def residences(graph: Graph, space: Space, materialised: frozenset[Value], rounds_products: bool) -> list[Residence]:

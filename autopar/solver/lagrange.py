@@ -47,7 +47,6 @@ class Dual:
         mixture: share of each column in the last master.
         active: rows that have a price.
         iterations: relaxed problems solved.
-        converged: the master and the bound agree.
     """
 
     bound: float
@@ -56,7 +55,6 @@ class Dual:
     mixture: list[float] = field(default_factory=list)
     active: list[int] = field(default_factory=list)
     iterations: int = 0
-    converged: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +106,6 @@ def maximise(
     column, bound = priced.solve(np.zeros(len(rows.times)))
     dual = Dual(bound, np.zeros(len(rows.times)), [column], [1.0], iterations=1)
     if math.isinf(bound) or on_step(dual, column) or column.usage.max(initial=0.0) <= rows.limit:
-        dual.converged = True
         return dual
     grows = penalty is None
     penalty = max(abs(column.cost), 1.0) / max(rows.limit, 1.0) if penalty is None else penalty
@@ -123,7 +120,6 @@ def maximise(
             if _ascend(priced, dual, prices, tolerance, on_step):
                 break
         elif missing <= 1e-9 * rows.limit or not grows:
-            dual.converged = True
             break
         else:
             penalty *= PENALTY_GROWTH

@@ -19,7 +19,6 @@ from autopar.solver.tables import Tables
 Reduction = Callable[[Draft, list[int]], None]
 # Comparing all pairs of strategies under all neighbours takes k^2 s time; beyond this it is not worth it.
 DOMINANCE_STRATEGIES = 512
-MOST_STRATEGIES_MERGED = 512
 # Pairs of strategies are compared one by one where they are at most this share of all.
 PAIRS_SHARE = 0.25
 ROUNDS = 12

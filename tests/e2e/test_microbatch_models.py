@@ -12,7 +12,7 @@ import pytest
 import autopar
 from autopar.ir.trace import trace
 from autopar.lowering.jit import run_program
-from autopar.lowering.microbatch import split_step
+from autopar.lowering.time.microbatch import split_step
 from autopar.plan import Splitting
 
 QUICKLY = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

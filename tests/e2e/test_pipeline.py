@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 
 from autopar.api import Options, plan_prepared
+from autopar.api.staging.prepare import prepare_stage
 from autopar.cluster import Mesh
 from autopar.cost import RooflineCost, hardware
 from autopar.ir.stages import Stage
 from autopar.ir.trace import trace
 from autopar.lowering.local_program import LocalProgram, build_local_program
-from autopar.lowering.pipeline import Compiled, Layout, build_pipeline
-from autopar.lowering.pipeline_cut import stage_trace, times_in_step
-from autopar.planner.intra import Formulator
-from autopar.planner.search import prepare
+from autopar.lowering.pipeline.build import Compiled, Layout, build_pipeline
 from autopar.solver.schedule import Schedule, make_schedule
 
 O0 = {"xla_backend_optimization_level": 0}
@@ -33,12 +31,8 @@ def plan_stage(stage: Stage, mesh: Mesh, microbatches: int) -> LocalProgram:
     cluster = hardware("v5e")
     device = replace(cluster.device, peak_flops=(("float32", 1e9),), memory_Bps=1e8)
     cost = RooflineCost(replace(cluster, device=device, link=replace(cluster.link, alpha_s=1e-7)), mesh)
-    traced = stage_trace(stage)
-    prepared = prepare(traced, cost)
-    times = times_in_step(stage, prepared.graph.program, prepared.graph.times, microbatches)
-    graph = replace(prepared.graph, times=times)
-    prepared = replace(prepared, graph=graph, formulator=Formulator(graph, cost))
-    return build_local_program(traced.program, plan_prepared(prepared, cost, Options(cost=cost)), cost)
+    prepared = prepare_stage(stage, cost, microbatches)
+    return build_local_program(stage.program, plan_prepared(prepared, cost, Options(cost=cost)), cost)
 
 
 def pipeline(step: Any, arguments: tuple[Any, ...], schedule: Schedule, *meshes: str) -> Compiled:

@@ -14,11 +14,11 @@ from autopar.ir.layers import layer_boundary
 from autopar.ir.stages import Part, Tag
 from autopar.ir.trace import trace
 from autopar.lowering.local_program import Move
-from autopar.lowering.mpmd_parts import kept_bytes
-from autopar.lowering.mpmd_step import Call
-from autopar.lowering.mpmd_trace import chrome_trace, measure, spans_of
-from autopar.lowering.pipeline import Compiled, Layout, build_pipeline, compile_pipeline
-from autopar.lowering.pipeline_cut import PipelineError, into_stages
+from autopar.lowering.pipeline.build import Compiled, Layout, build_pipeline, compile_pipeline
+from autopar.lowering.pipeline.cut import PipelineError, into_stages
+from autopar.lowering.pipeline.parts import kept_bytes
+from autopar.lowering.pipeline.step import Call
+from autopar.lowering.pipeline.trace import chrome_trace, measure, spans_of
 from autopar.solver.schedule import SCHEDULES, TaskCosts, make_schedule, simulate
 from autopar.solver.schedule.validate import most_held
 from tests.e2e.test_pipeline import O0, pipeline, plan_stage

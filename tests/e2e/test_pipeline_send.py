@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from autopar.lowering.mpmd_send import send
+from autopar.lowering.pipeline.send import send
 
 
 def mesh(first: int, **axes: int) -> Mesh:

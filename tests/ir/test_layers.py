@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autopar.cost import flops_of
 from autopar.ir import layers as under_test
 from autopar.ir.body import Body
 from autopar.ir.layers import LayerError, Layers, cluster_layers, layer_boundary
 from autopar.ir.program import Equation
 from autopar.ir.step import Step
 from autopar.ir.trace import trace
-from autopar.lowering.pipeline_cut import flops, microbatched
+from autopar.lowering.pipeline.cut import microbatched
 from autopar.plan import Splitting
 
 BATCH, WIDTH = 8, 16
@@ -70,7 +71,7 @@ def block_of(eqn: Equation) -> set[str]:
 @pytest.mark.parametrize("model", ["gpt", "moe"])
 def test_the_blocks_of_a_transformer_become_its_layers(model: str) -> None:
     step = transformer(model)
-    found = cluster_layers(step.body, 4, flops)
+    found = cluster_layers(step.body, 4, flops_of)
     for forward in (True, False):
         blocks = [{b for eqn in of_layer(found, i, forward=forward) for b in block_of(eqn)} for i in range(4)]
         if model == "gpt":
@@ -81,7 +82,7 @@ def test_the_blocks_of_a_transformer_become_its_layers(model: str) -> None:
 
 def test_a_recomputed_block_stays_in_the_layer_of_its_parameters() -> None:
     step = transformer("gpt", remat=True)
-    found = cluster_layers(step.body, 4, flops)
+    found = cluster_layers(step.body, 4, flops_of)
     copies = {v: v.name for v in step.body.origin if v.shape}
     for eqn, layer in found.of.items():
         if eqn.primitive.name == "dot_general" and eqn not in found.forward:
@@ -92,7 +93,7 @@ def test_a_recomputed_block_stays_in_the_layer_of_its_parameters() -> None:
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_values_flow_up_in_the_forward_pass_and_down_in_the_backward_pass(remat: bool) -> None:
-    found = cluster_layers((step := transformer("gpt", remat=remat)).body, 3, flops)
+    found = cluster_layers((step := transformer("gpt", remat=remat)).body, 3, flops_of)
     made = {value: eqn for eqn in step.body.program.equations if eqn in found.of for value in eqn.outputs}
     for eqn, layer in found.of.items():
         for maker in (made[value] for value in eqn.operands if value in made):
@@ -104,14 +105,14 @@ def test_values_flow_up_in_the_forward_pass_and_down_in_the_backward_pass(remat:
 
 def test_the_forward_pass_is_what_the_loss_needs() -> None:
     step = body_of(trained(deep), *DEEP)
-    found = cluster_layers(step.body, 2, flops)
+    found = cluster_layers(step.body, 2, flops_of)
     forward = [eqn.primitive.name for eqn in step.body.program.equations if eqn in found.forward]
     assert forward == ["dot_general", "tanh"] * 4 + ["sub", "integer_pow", "reduce_sum"]
 
 
 def test_without_a_loss_the_forward_pass_ends_where_all_parameters_meet() -> None:
     step = body_of(lambda *arguments: trained(deep)(*arguments)[0], *DEEP)
-    found = cluster_layers(step.body, 2, flops)
+    found = cluster_layers(step.body, 2, flops_of)
     forward = [eqn.primitive.name for eqn in step.body.program.equations if eqn in found.forward]
     assert forward == ["dot_general", "tanh"] * 3 + ["dot_general"]
 
@@ -122,7 +123,7 @@ def test_marks_say_where_layers_end_and_change_nothing() -> None:
         h = jnp.tanh(layer_boundary(h["a"] @ params["w1"]) @ params["w2"] @ params["w3"])
         return jnp.mean((h - y) ** 2)
 
-    found = cluster_layers(body_of(trained(loss), *DEEP).body, None, flops)
+    found = cluster_layers(body_of(trained(loss), *DEEP).body, None, flops_of)
     assert found.n_layers == 3
     dots = [sum(e.primitive.name == "dot_general" for e in of_layer(found, i, forward=True)) for i in range(3)]
     assert dots == [1, 1, 2]
@@ -142,14 +143,14 @@ def test_a_scan_over_layers_is_one_layer() -> None:
 
     program = trace(loss, f32(4, WIDTH, WIDTH), f32(BATCH, WIDTH), f32(BATCH, WIDTH)).program
     _, *batch = program.inputs
-    found = cluster_layers(Body(program, frozenset(batch), {}, frozenset(), {}), 2, flops)
+    found = cluster_layers(Body(program, frozenset(batch), {}, frozenset(), {}), 2, flops_of)
     layers = {eqn.primitive.name: layer for eqn, layer in found.of.items()}
     assert (layers["scan"], layers["dot_general"]) == (0, 1)
 
 
 def test_more_layers_than_equations_are_refused() -> None:
     with pytest.raises(LayerError, match="64 layers are asked for, the forward pass has"):
-        cluster_layers(body_of(trained(deep), *DEEP).body, 64, flops)
+        cluster_layers(body_of(trained(deep), *DEEP).body, 64, flops_of)
 
 
 def test_a_step_without_loss_or_common_turning_point_is_refused() -> None:
@@ -161,9 +162,9 @@ def test_a_step_without_loss_or_common_turning_point_is_refused() -> None:
         gradients = {name: jax.grad(lambda w: jnp.mean((x @ w - y) ** 2))(w) for name, w in params.items()}
         return jax.tree.map(lambda p, g: p - g, params, gradients)
 
-    assert cluster_layers(body_of(step, *DEEP).body, 2, flops).n_layers == 2
+    assert cluster_layers(body_of(step, *DEEP).body, 2, flops_of).n_layers == 2
     with pytest.raises(LayerError, match="forward and backward equations cannot be told apart"):
-        cluster_layers(body_of(apart, *DEEP).body, 2, flops)
+        cluster_layers(body_of(apart, *DEEP).body, 2, flops_of)
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,9 +14,9 @@ from autopar.errors import MicrobatchError
 from autopar.ir.program import check
 from autopar.ir.trace import Traced, trace
 from autopar.lowering.jit import run_program
-from autopar.lowering.microbatch import batch_arguments, batch_phases, split_step
+from autopar.lowering.time.microbatch import batch_arguments, batch_phases, split_step
 from autopar.plan import Splitting
-from autopar.sharding.phases import Phases
+from autopar.sharding.time.phases import Phases
 from models import gpt, moe, wide_resnet
 
 BATCH, WIDTH, CLASSES = 16, 4, 512

@@ -14,7 +14,7 @@ from jax import lax
 from autopar.errors import MicrobatchError
 from autopar.ir.trace import trace
 from autopar.lowering.jit import run_program
-from autopar.lowering.microbatch import split_step
+from autopar.lowering.time.microbatch import split_step
 from autopar.plan import Splitting
 
 BATCH, WIDTH = 8, 3

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from autopar.cost import flops_of
 from autopar.ir.layers import cluster_layers, layer_boundary
 from autopar.ir.program import Atom, Constant, Equation, Value, check
 from autopar.ir.stages import Part, Stages, Tag, cut
 from autopar.ir.step import LoopError, around_loop
 from autopar.ir.trace import Traced, trace
-from autopar.lowering.phased import COMBINE
-from autopar.lowering.pipeline import dispatch_order
-from autopar.lowering.pipeline_cut import flops, microbatched
+from autopar.lowering.pipeline.build import dispatch_order
+from autopar.lowering.pipeline.cut import microbatched
+from autopar.lowering.time.phased import COMBINE
 from autopar.plan import Splitting
 from autopar.solver.schedule import Kind, Schedule, make_schedule
 
@@ -140,7 +141,7 @@ def staged(name: str, schedule: Schedule) -> tuple[Traced, Stages]:
     step, arguments = STEPS[name]
     traced = trace(step, *arguments)
     found = microbatched(traced, Splitting(microbatches=schedule.n_microbatches))
-    layers = cluster_layers(found.body, schedule.n_stages, flops)
+    layers = cluster_layers(found.body, schedule.n_stages, flops_of)
     return traced, cut(found, layers, range(schedule.n_stages), split_weights=bool(schedule.split))
 
 

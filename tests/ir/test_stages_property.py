@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from autopar.cost import flops_of
 from autopar.ir.layers import cluster_layers
 from autopar.ir.program import Value
 from autopar.ir.stages import Part, Stages, Tag, cut
 from autopar.ir.trace import trace
-from autopar.lowering.pipeline import PARTS, dispatch_order
-from autopar.lowering.pipeline_cut import flops, microbatched
+from autopar.lowering.pipeline.build import PARTS, dispatch_order
+from autopar.lowering.pipeline.cut import microbatched
 from autopar.plan import Splitting
 from autopar.solver.schedule import Schedule, make_schedule
 
@@ -101,7 +102,7 @@ def test_no_piece_runs_before_what_it_reads(
     traced = trace(network(nodes, clip, report), params, shape, shape)
     found = microbatched(traced, Splitting(microbatches=2))
     schedule = make_schedule(name, p, 2)
-    layers = cluster_layers(found.body, p, flops)
+    layers = cluster_layers(found.body, p, flops_of)
     stages = cut(found, layers, range(p), split_weights=bool(schedule.split))
     assert unavailable(stages, schedule) == []
     for stage in stages.stages:

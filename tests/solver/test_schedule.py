@@ -50,6 +50,12 @@ def chunks(name: str) -> tuple[int, ...]:
     return (2, 4) if traits.any_chunks else (traits.chunks,)
 
 
+def every_chunking(name: str, p: int, m: int) -> list[tuple[int, Schedule]]:
+    """``(v, schedule)`` for each number of chunks that the pipeline can take."""
+    possible = [v for v in chunks(name) if not family(name).complaint(family(name).pipeline(p, m, v))]
+    return [(v, make_schedule(name, p, m, v)) for v in possible]
+
+
 def uniform(schedule: Schedule) -> TaskCosts:
     return TaskCosts.uniform(schedule.n_stages, 1.0, 1.0, 1.0 if schedule.split else 0.0)
 
@@ -112,10 +118,7 @@ def test_every_schedule_has_a_row_of_its_paper():
 @pytest.mark.parametrize("name", sorted(PAPERS))
 @pytest.mark.parametrize(("p", "m"), SIZES)
 def test_the_bubble_is_the_one_of_the_paper(name, p, m):
-    for v in chunks(name):
-        if family(name).complaint(family(name).pipeline(p, m, v)):
-            continue
-        schedule = make_schedule(name, p, m, v)
+    for v, schedule in every_chunking(name, p, m):
         timeline = simulate(schedule, uniform(schedule))
         assert timeline.bubble_fraction == pytest.approx(float(PAPERS[name][0](p, m, v)), abs=1e-12)
 
@@ -123,10 +126,7 @@ def test_the_bubble_is_the_one_of_the_paper(name, p, m):
 @pytest.mark.parametrize("name", sorted(PAPERS))
 @pytest.mark.parametrize(("p", "m"), SIZES)
 def test_the_fullest_device_holds_what_the_paper_says(name, p, m):
-    for v in chunks(name):
-        if family(name).complaint(family(name).pipeline(p, m, v)):
-            continue
-        schedule = make_schedule(name, p, m, v)
+    for v, schedule in every_chunking(name, p, m):
         peak = max(simulate(schedule, uniform(schedule)).peak_in_flight)
         assert peak == max(schedule.in_flight_bounds)
         assert (

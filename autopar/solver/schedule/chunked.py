@@ -28,15 +28,19 @@ def two_ways(s: Pipeline) -> Placements:
 
 
 def _whole_rounds(s: Pipeline) -> str:
+    return f"m={s.m} microbatches: not a multiple of p={s.p}" if s.m % s.p else ""
+
+
+def _several_chunks(s: Pipeline) -> str:
     if s.v < 2:
         return "v=1 virtual stage per device: use 1f1b"
-    return f"m={s.m} microbatches: not a multiple of p={s.p}" if s.m % s.p else ""
+    return _whole_rounds(s)
 
 
 @schedule(
     "interleaved",
     in_flight=lambda s, i: min(s.m * s.v, 2 * (s.p - i - 1) + (s.v - 1) * s.p + 1),
-    traits=Traits(placements=loop, requires=_whole_rounds, chunks=2, any_chunks=True, uniform=True),
+    traits=Traits(placements=loop, requires=_several_chunks, chunks=2, any_chunks=True, uniform=True),
 )
 def interleaved(s: Pipeline) -> list[Order]:
     """1F1B over v stages per device, p microbatches at a time. Narayanan et al. 2021: bubble (p-1)/(vm+p-1)."""
@@ -70,7 +74,7 @@ def _rounds(s: Pipeline, f: Any, b: Any, w: Any) -> Any:
 def _even_waves(s: Pipeline) -> str:
     if s.v % 2:
         return f"v={s.v} virtual stages per device: a wave goes there and back, so v is even"
-    return f"m={s.m} microbatches: not a multiple of p={s.p}" if s.m % s.p else ""
+    return _whole_rounds(s)
 
 
 @schedule(
@@ -91,7 +95,7 @@ def wave(s: Pipeline) -> list[Order]:
 def _even_pairs(s: Pipeline) -> str:
     if s.p % 2:
         return f"p={s.p} devices: two directions need an even number"
-    return f"m={s.m} microbatches: not a multiple of p={s.p}" if s.m % s.p else ""
+    return _whole_rounds(s)
 
 
 @schedule(

@@ -8,21 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 
-from autopar.solver.schedule.data import (
-    BACKWARD,
-    EVICT,
-    FORWARD,
-    LOAD,
-    MOVES,
-    WEIGHT,
-    Kind,
-    Schedule,
-    ScheduleError,
-    Task,
-)
+from autopar.solver.schedule.data import BACKWARD, EVICT, FORWARD, MOVES, WEIGHT, Kind, Schedule, ScheduleError, Task
 
 # A forward needs the room that an eviction before it makes; so does an eviction that of a load, on the partner.
-ROOM_AFTER = {FORWARD: EVICT, EVICT: LOAD}
+ROOM_AFTER = {Kind.FORWARD: Kind.EVICT, Kind.EVICT: Kind.LOAD}
 
 Seconds = tuple[float, ...]
 Bytes = tuple[float, ...]
@@ -230,7 +219,7 @@ class _Run:
             return False
         needed = self.schedule.dependencies(task)
         if task.kind in (BACKWARD, WEIGHT) and (task.stage, task.microbatch) in self.moved:
-            needed += (replace(task, kind=LOAD),)
+            needed += (replace(task, kind=Kind.LOAD),)
         return all((other, device) in self.arrived for other in needed)
 
     def _finish(self, task: Task, device: int, now_s: float) -> None:

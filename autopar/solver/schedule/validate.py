@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from autopar.solver.schedule.data import (
-    BACKWARD,
-    EVICT,
-    FORWARD,
-    LOAD,
-    MOVES,
-    WEIGHT,
-    Kind,
-    Schedule,
-    ScheduleError,
-    Task,
-)
+from autopar.solver.schedule.data import BACKWARD, EVICT, FORWARD, LOAD, MOVES, Kind, Schedule, ScheduleError, Task
 
 
 def validate(schedule: Schedule) -> None:
@@ -64,7 +53,7 @@ def _peak(schedule: Schedule, device: int, takes: tuple[Kind, ...], evicted: int
 
 def _last_kind(schedule: Schedule, task: Task) -> Kind:
     """The task after which the activation is not needed any more."""
-    return WEIGHT if (task.stage, task.microbatch) in schedule.split else BACKWARD
+    return Kind.WEIGHT if (task.stage, task.microbatch) in schedule.split else Kind.BACKWARD
 
 
 def _check_tasks(schedule: Schedule) -> None:

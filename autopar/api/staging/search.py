@@ -9,19 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from autopar.api.layer_kinds import Part, crossing_bytes, layer_kinds, parts_of_kinds, tied_arguments
-from autopar.api.layer_tables import LayerTables
 from autopar.api.planning import detect_hardware, traced_in_time
 from autopar.api.splitting import splitting_of
-from autopar.api.stage_costs import Priced
+from autopar.api.staging.costs import Priced
+from autopar.api.staging.kinds import Part, crossing_bytes, layer_kinds, parts_of_kinds, tied_arguments
+from autopar.api.staging.tables import LayerTables
 from autopar.cluster import Cluster, Mesh
-from autopar.cost import RooflineCost, hardware
+from autopar.cost import RooflineCost, flops_of, hardware
 from autopar.errors import AutoparError
 from autopar.ir.arguments import adapt
 from autopar.ir.layers import Layers, cluster_layers
 from autopar.ir.step import Step
 from autopar.ir.trace import Traced
-from autopar.lowering.pipeline_cut import flops, microbatched
+from autopar.lowering.pipeline.cut import microbatched
 from autopar.plan import Splitting
 from autopar.solver.slicing import Slicing, SlicingProblem, StageCost, Submesh, slice_stages
 
@@ -245,7 +245,7 @@ class Layered:
     @staticmethod
     def of(step: Step, n_layers: int) -> "Layered":
         """Cuts a step into layers."""
-        layers = cluster_layers(step.body, n_layers, flops)
+        layers = cluster_layers(step.body, n_layers, flops_of)
         kinds = layer_kinds(step, layers)
         return Layered(step, layers, kinds, parts_of_kinds(step, layers, kinds), crossing_bytes(step, layers))
 

@@ -19,11 +19,11 @@ from jax import lax
 
 from autopar import compat
 from autopar.ir.program import Atom, Constant, Equation, Program, Value
-from autopar.lowering.iteration import Iteration, Writer, named
-from autopar.lowering.time_shard import join_parts, take_parts
-from autopar.sharding.demand import COPY, ESTIMATE, TERM
-from autopar.sharding.phases import Loop, Phases
-from autopar.sharding.timing import Cut, total_nbytes
+from autopar.lowering.time.iteration import Iteration, Writer, named
+from autopar.lowering.time.shard import join_parts, take_parts
+from autopar.sharding.time.demand import ESTIMATE, TERM
+from autopar.sharding.time.phases import Loop, Phases
+from autopar.sharding.time.timing import Cut, total_nbytes
 
 LOOP_NAME = "microbatches"
 
@@ -177,20 +177,15 @@ class _Body(Iteration):
         (parts,) = self.splitter.outer.write(lambda x: take_parts(x, cut, self.steps), [whole], like)
         return self._scanned(parts, f"{self.splitter.name}/part")
 
-    def outside(self, atom: Atom) -> Atom:
-        """A whole value from outside the loop."""
-        if isinstance(atom, Constant):
-            return atom
-        for form in (COPY, ESTIMATE):
-            if (atom, form) in self.made:
-                return self.made[atom, form]
-        if atom not in self.constant_of:
-            whole = self.splitter.whole(atom)
+    def entering(self, value: Value) -> Atom:
+        """A whole value, as one more operand of the loop."""
+        if value not in self.constant_of:
+            whole = self.splitter.whole(value)
             if isinstance(whole, Constant):
                 return whole
             self.constants.append(whole)
-            self.constant_of[atom] = self.writer.value(f"{self.splitter.name}/in", atom.aval)
-        return self.constant_of[atom]
+            self.constant_of[value] = self.writer.value(f"{self.splitter.name}/in", value.aval)
+        return self.constant_of[value]
 
     def _estimate(self, value: Value, monoid: str) -> None:
         """The total, had all microbatches the term of this one."""

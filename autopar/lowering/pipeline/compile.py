@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from autopar.ir.program import Value
 from autopar.ir.stages import Tag
 from autopar.lowering.local_program import Slot
-from autopar.lowering.mpmd_parts import Piece, StageParts
-from autopar.lowering.phased import COMBINE, neutral
+from autopar.lowering.pipeline.parts import Piece, StageParts
 from autopar.lowering.spmd import partition_spec, run_instructions
+from autopar.lowering.time.phased import COMBINE, neutral
 
 
 def slot_sharding(slot: Slot, mesh: jax.sharding.Mesh) -> NamedSharding:

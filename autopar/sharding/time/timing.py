@@ -82,7 +82,7 @@ class Inside:
         inner: consecutive elements of that factor that stay together.
         terms: operands that enter as terms of a total.
         wholes: results that every iteration has whole, and alike.
-        nested: how the bodies of a scan or cond run (``autopar.sharding.nested.Nested``).
+        nested: how the bodies of a scan or cond run (``autopar.sharding.time.nested.Nested``).
     """
 
     rule: ShardingRule
@@ -157,7 +157,7 @@ class Question:
 
 
 RegionRule = Callable[[Equation, list[Timing], int, RuleBook], Inside | None]
-"""How a loop runs a scan or cond of the program (``autopar.sharding.nested.region_inside``)."""
+"""How a loop runs a scan or cond of the program (``autopar.sharding.time.nested.region_inside``)."""
 
 
 class Timings:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from autopar.errors import PlanError
 from autopar.ir.program import Value
 from autopar.ir.stages import Part, Stage, Tag
-from autopar.lowering.local_program import Barrier, Instruction, LocalProgram, Move, Operand, Slot
+from autopar.lowering.local_program import Barrier, Instruction, LocalProgram, Move, Slot, reads
 from autopar.lowering.predict import local_bytes
 
 
@@ -119,11 +119,11 @@ class _Cutter:
     def piece(self, tag: Tag) -> Piece:
         """The piece of one part and round."""
         code = self.code[tag]
-        made = {slot for i in code for slot in _outputs(i)}
-        read = dict.fromkeys(slot for i in code for slot in _slots(i.source if isinstance(i, Move) else i.inputs))
+        made = {slot for i in code for slot in i.outputs}
+        read = dict.fromkeys(slot for i in code for slot in reads(i))
         kept = [replace(i, after=None) if isinstance(i, Move) and i.after not in made | set(read) else i for i in code]
         inputs = tuple(slot for slot in read if slot not in made)
-        results = [slot for i in code for slot in _outputs(i)]
+        results = [slot for i in code for slot in i.outputs]
         sums = tuple(slot for slot in results if tag.part.per_microbatch and self._is_sum(slot))
         for slot in sums:
             self._check(slot)
@@ -181,9 +181,9 @@ class _Cutter:
     def _give(self, instruction: Instruction, tags: set[Tag]) -> None:
         for tag in tags:
             self.code.setdefault(tag, []).append(instruction)
-            for slot in _outputs(instruction):
+            for slot in instruction.outputs:
                 self.makers.setdefault(slot, set()).add(tag)
-            for slot in _slots(instruction.source if isinstance(instruction, Move) else instruction.inputs):
+            for slot in reads(instruction):
                 self.readers.setdefault(slot, set()).add(tag)
 
     def _split(self, barrier: Barrier) -> list[Barrier]:
@@ -191,14 +191,3 @@ class _Cutter:
         for source, target in zip(barrier.inputs, barrier.outputs, strict=True):
             pairs.setdefault(self._made(target), []).append((source, target))
         return [Barrier(*map(tuple, zip(*found, strict=True))) for found in pairs.values()]
-
-
-def _outputs(instruction: Instruction) -> tuple[Slot, ...]:
-    return (instruction.target,) if isinstance(instruction, Move) else instruction.outputs
-
-
-def _slots(operands: Operand | Iterable[Operand]) -> list[Slot]:
-    if isinstance(operands, Slot):
-        return [operands]
-    assert not hasattr(operands, "aval")
-    return [operand for operand in operands if isinstance(operand, Slot)]  # type: ignore[union-attr]

@@ -12,11 +12,11 @@ from autopar import compat
 from autopar.ir.program import Atom, Constant, Equation, Program, Value
 from autopar.ir.trace import flatten
 from autopar.lowering.local import without_shardings
-from autopar.lowering.time_shard import TimeShard, part_shape, take_parts
-from autopar.sharding.demand import COPY, ESTIMATE, TERM, Demand, Form, Run
-from autopar.sharding.nested import Nested
+from autopar.lowering.time.shard import TimeShard, part_shape, take_parts
 from autopar.sharding.registry import LOCAL_RULES
-from autopar.sharding.timing import Cut, Timings
+from autopar.sharding.time.demand import COPY, ESTIMATE, TERM, Demand, Form, Run
+from autopar.sharding.time.nested import Nested
+from autopar.sharding.time.timing import Cut, Timings
 
 
 @dataclass
@@ -101,6 +101,15 @@ class Iteration:
         self.counter: Value | None = None
 
     def outside(self, atom: Atom) -> Atom:
+        """A value that the iteration has whole, or that stands for it."""
+        if isinstance(atom, Constant):
+            return atom
+        for form in (COPY, ESTIMATE):
+            if (atom, form) in self.made:
+                return self.made[atom, form]
+        return self.entering(atom)
+
+    def entering(self, value: Value) -> Atom:
         """A whole value from outside the loop."""
         raise NotImplementedError
 
@@ -185,14 +194,9 @@ class _Inner(Iteration):
         self.body, self.demand, self.nested = body, demand, nested
         self.env: dict[Atom, Atom] = {}
 
-    def outside(self, atom: Atom) -> Atom:
-        """A value that the iteration has whole."""
-        if isinstance(atom, Constant):
-            return atom
-        for form in (COPY, ESTIMATE):
-            if (atom, form) in self.made:
-                return self.made[atom, form]
-        return self.env[atom]
+    def entering(self, value: Value) -> Atom:
+        """A whole value of the body."""
+        return self.env[value]
 
     def program(self) -> Program:
         """The body, without the number of the iteration over time."""

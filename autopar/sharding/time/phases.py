@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from autopar import compat
 from autopar.errors import MicrobatchError
 from autopar.ir.program import Equation, Value
-from autopar.sharding.demand import TERM, Demand, Form, Run, demand_of
 from autopar.sharding.lookup import RuleBook
-from autopar.sharding.nested import region_inside
-from autopar.sharding.timing import HEAVY, Cut, Inside, Question, Timings
+from autopar.sharding.time.demand import TERM, Demand, Form, Run, demand_of
+from autopar.sharding.time.nested import region_inside
+from autopar.sharding.time.timing import HEAVY, Cut, Inside, Question, Timings
 
 log = logging.getLogger(__name__)
 

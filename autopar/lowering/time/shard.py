@@ -9,7 +9,7 @@ from jax import lax
 from jax.extend.core import Primitive
 
 from autopar.sharding.factors import ShardingRule
-from autopar.sharding.timing import Cut, Inside
+from autopar.sharding.time.timing import Cut, Inside
 
 
 @dataclass(frozen=True)

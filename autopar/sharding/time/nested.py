@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from autopar.ir.program import Equation, Program, Value
 from autopar.ir.regions import ScanParts
-from autopar.sharding.demand import ESTIMATE, TERM, Demand, Form
 from autopar.sharding.factors import Layout, ShardingRule
 from autopar.sharding.lookup import RuleBook
-from autopar.sharding.timing import Cut, Inside, Question, Timing, Timings
+from autopar.sharding.time.demand import ESTIMATE, TERM, Demand, Form
+from autopar.sharding.time.timing import Cut, Inside, Question, Timing, Timings
 
 FACTOR, LATE = "t", "late"
 

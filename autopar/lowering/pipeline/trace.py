@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from autopar.ir.stages import Part
-from autopar.lowering.mpmd_step import ONCE, Call
-from autopar.lowering.pipeline import PARTS, Compiled
-from autopar.lowering.pipeline_cut import PipelineError
+from autopar.lowering.pipeline.build import PARTS, Compiled
+from autopar.lowering.pipeline.cut import PipelineError
+from autopar.lowering.pipeline.step import ONCE, Call
 from autopar.solver.schedule import Task, Timeline
 from autopar.solver.schedule.simulate import Event
 

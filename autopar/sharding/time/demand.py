@@ -1,6 +1,6 @@
 """What the results of a program need from its loops, followed backwards over its equations.
 
-``autopar.sharding.timing`` says what could run in which loop; the demand says what must, as late as possible: an
+``autopar.sharding.time.timing`` says what could run in which loop; the demand says what must, as late as possible: an
 equation of the first loop whose total nobody needs before the end joins the last one.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from autopar.ir.program import Atom, Equation, Value
-from autopar.sharding.timing import HEAVY, Cut, Inside, Timing, Timings
+from autopar.sharding.time.timing import HEAVY, Cut, Inside, Timing, Timings
 
 TERM, COPY, ESTIMATE = "term", "copy", "estimate"
 Form = Cut | str

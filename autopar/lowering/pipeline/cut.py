@@ -2,29 +2,20 @@
 
 from collections.abc import Sequence
 
-from autopar.cost import equation_flops
+from autopar.cost import flops_of
 from autopar.errors import AutoparError
 from autopar.ir.layers import cluster_layers
-from autopar.ir.program import Equation, Program
-from autopar.ir.stages import Stage, Stages, cut
+from autopar.ir.stages import Stages, cut
 from autopar.ir.step import Step, around_loop
 from autopar.ir.trace import Traced
-from autopar.lowering.microbatch import batch_phases
-from autopar.lowering.phased import LOOP_NAME, split_over_time
+from autopar.lowering.time.microbatch import batch_phases
+from autopar.lowering.time.phased import LOOP_NAME, split_over_time
 from autopar.plan import Splitting
 from autopar.solver.schedule import Schedule
 
 
 class PipelineError(AutoparError, ValueError):
     """A pipeline whose stages, submeshes and schedule do not fit together."""
-
-
-def flops(eqn: Equation) -> float:
-    """Operations of an equation."""
-    shapes = [tuple(atom.aval.shape) for atom in eqn.inputs]
-    return (
-        equation_flops(eqn.primitive.name, eqn.params, shapes, [v.shape for v in eqn.outputs]) if eqn.outputs else 0.0
-    )
 
 
 def microbatched(traced: Traced, splitting: Splitting) -> Step:
@@ -43,7 +34,7 @@ def microbatched(traced: Traced, splitting: Splitting) -> Step:
     loops = [eqn for eqn in split.equations if eqn.primitive.name == "scan" and eqn.name not in known]
     if not loops:
         raise PipelineError("nothing in the step depends on its batch", fix="pass the batch as an argument of its own")
-    main = max(loops, key=lambda eqn: sum(map(flops, eqn.bodies[0].equations)))
+    main = max(loops, key=lambda eqn: sum(map(flops_of, eqn.bodies[0].equations)))
     return around_loop(split, traced.state, main)
 
 
@@ -66,28 +57,5 @@ def into_stages(step: Step, schedule: Schedule, stage_of_layer: Sequence[int] = 
             where=f"schedule {schedule.name}",
             fix="give every stage a run of layers, from stage 0 on",
         )
-    layers = cluster_layers(step.body, len(stage_of_layer), flops)
+    layers = cluster_layers(step.body, len(stage_of_layer), flops_of)
     return cut(step, layers, stage_of_layer, split_weights=bool(schedule.split))
-
-
-def stage_trace(stage: Stage) -> Traced:
-    """A stage's program as the planner takes it: every part once, on one microbatch."""
-    return Traced(stage.program, None, None, stage.state)
-
-
-def times_in_step(stage: Stage, program: Program, times: Sequence[int], microbatches: int) -> tuple[int, ...]:
-    """How often a step runs each equation of a stage.
-
-    Args:
-        stage: the stage.
-        program: its program as the planner laid it flat.
-        times: how often one run of the stage runs each equation of it.
-        microbatches: of a step.
-    """
-    factor, found = 1, []
-    for eqn, each in zip(program.equations, times, strict=True):
-        tag = stage.tags.get(eqn)
-        if tag is not None:  # the equations of a region's body, which have no tag, follow one that has
-            factor = microbatches if tag.part.per_microbatch else 1
-        found.append(each * factor)
-    return tuple(found)

@@ -17,9 +17,9 @@ from jax import lax
 from autopar.ir.program import Value
 from autopar.ir.stages import Part, Stages, Tag
 from autopar.lowering.local_program import Slot
-from autopar.lowering.mpmd import StageRunner, slot_sharding
-from autopar.lowering.mpmd_send import send
-from autopar.lowering.phased import COMBINE
+from autopar.lowering.pipeline.compile import StageRunner, slot_sharding
+from autopar.lowering.pipeline.send import send
+from autopar.lowering.time.phased import COMBINE
 
 ONCE = -1
 """The microbatch of what there is one of in a step."""

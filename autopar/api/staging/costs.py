@@ -3,18 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from autopar.api.layer_kinds import Part
 from autopar.api.planning import equation_seconds
+from autopar.api.staging.kinds import Part
+from autopar.api.staging.prepare import prepare_stage
 from autopar.cost import CostModel, overlaps
 from autopar.ir.program import Value
 from autopar.ir.stages import Part as Kind
 from autopar.lowering.local_program import LocalProgram, Move, Slot, build_local_program
-from autopar.lowering.mpmd_parts import Piece, StageParts, cut_parts
-from autopar.lowering.pipeline_cut import stage_trace, times_in_step
+from autopar.lowering.pipeline.parts import Piece, StageParts, cut_parts
 from autopar.lowering.predict import local_bytes, memory
 from autopar.lowering.simulate import simulate
 from autopar.planner.intra import Formulation, Formulator
-from autopar.planner.search import Limits, Prepared, prepare, search
+from autopar.planner.search import Limits, Prepared, search
 from autopar.sharding.lookup import RuleBook
 from autopar.solver import Problem
 from autopar.solver.slicing import StageCost
@@ -68,9 +68,7 @@ class Priced:
     @staticmethod
     def of(part: Part, cost: CostModel, microbatches: int) -> "Priced":
         """Lays the stage's program out."""
-        prepared = prepare(stage_trace(part.stage), cost)
-        times = times_in_step(part.stage, prepared.graph.program, prepared.graph.times, microbatches)
-        return Priced(part, replace(prepared, graph=replace(prepared.graph, times=times)))
+        return Priced(part, prepare_stage(part.stage, cost, microbatches))
 
     def costs(self, cost: CostModel, prices_s_per_byte: Sequence[float]) -> tuple[StageCost, ...]:
         """What the stage costs on a submesh, planned once for each price of memory.

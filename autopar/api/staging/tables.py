@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from autopar.api.layer_kinds import Tied
+from autopar.api.staging.kinds import Tied
 from autopar.cluster import Cluster, Link
 from autopar.solver.slicing import StageCost, Submesh
 

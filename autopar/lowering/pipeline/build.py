@@ -14,12 +14,12 @@ from autopar.ir.program import Atom, Constant, Value
 from autopar.ir.stages import Part, Stage, Stages, Tag
 from autopar.ir.trace import Traced
 from autopar.lowering.local_program import LocalProgram, Slot
-from autopar.lowering.mpmd import StageRunner, compile_piece, slot_sharding, zeros_of
-from autopar.lowering.mpmd_parts import StageParts, cut_parts
-from autopar.lowering.mpmd_send import send
-from autopar.lowering.mpmd_step import ONCE, Call, Shift, StepRun
-from autopar.lowering.pipeline_cut import PipelineError, into_stages, microbatched
-from autopar.lowering.spmd import device_mesh
+from autopar.lowering.pipeline.compile import StageRunner, compile_piece, slot_sharding, zeros_of
+from autopar.lowering.pipeline.cut import PipelineError, into_stages, microbatched
+from autopar.lowering.pipeline.parts import StageParts, cut_parts
+from autopar.lowering.pipeline.send import send
+from autopar.lowering.pipeline.step import ONCE, Call, Shift, StepRun
+from autopar.lowering.spmd import copies, device_mesh
 from autopar.plan import Splitting
 from autopar.solver.schedule import Kind, Schedule, Task
 from autopar.solver.schedule.data import MOVES
@@ -117,7 +117,7 @@ class Compiled:
                 seen.add(id(array))
             # device_put may keep a shard of its source: only a program's results are surely new buffers.
             held = run.held(index)
-            held.update(zip(shared, _copies([held[slot] for slot in shared]), strict=True))
+            held.update(zip(shared, copies([held[slot] for slot in shared]), strict=True))
 
     def _result(self, run: StepRun, atom: Atom) -> Any:
         if isinstance(atom, Constant):
@@ -133,11 +133,6 @@ def _watched(run: StepRun, call: Call, last: bool, watch: Callable[[Call, list[j
     results = run.run(call, last=last)
     if watch is not None:
         watch(call, results)
-
-
-@jax.jit
-def _copies(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.copy(array) for array in arrays]
 
 
 StagePlanner = Callable[[Stage, Mesh, int], LocalProgram]

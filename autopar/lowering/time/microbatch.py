@@ -8,10 +8,10 @@ from dataclasses import replace
 from autopar.errors import MicrobatchError
 from autopar.ir.program import Equation, Program, Value, check
 from autopar.ir.trace import Traced
-from autopar.lowering.phased import LOOP_NAME, split_over_time
+from autopar.lowering.time.phased import LOOP_NAME, split_over_time
 from autopar.plan import Splitting
-from autopar.sharding.phases import Phases, find_phases
-from autopar.sharding.timing import Cut, Question
+from autopar.sharding.time.phases import Phases, find_phases
+from autopar.sharding.time.timing import Cut, Question
 
 
 def split_step(traced: Traced, splitting: Splitting) -> Traced:

@@ -1,0 +1,1 @@
+"""Pipelines: a step cut into stages on submeshes of their own."""

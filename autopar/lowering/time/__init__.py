@@ -1,0 +1,1 @@
+"""Programs cut at a time axis, written as programs again."""
