@@ -30,8 +30,25 @@ TINY: dict[str, dict[str, Any]] = {
 }
 """Settings that compile in seconds; every model has dropout (llama has none by design)."""
 
+WIDE_TEXT = {"layers": 2, "width": 512, "heads": 8, "vocab": 2048, "seq": 256, "batch": 32}
+WIDE: dict[str, dict[str, Any]] = {
+    "mlp": {"layers": 4, "width": 2048, "batch": 512},
+    "gpt": WIDE_TEXT,
+    "gpt_nnx": WIDE_TEXT,
+    "bert": WIDE_TEXT,
+    "vit": {"layers": 2, "width": 512, "heads": 8, "image": 64, "batch": 64},
+    "moe": {**WIDE_TEXT, "experts": 8},
+    "llama": WIDE_TEXT,
+    "wide_resnet": {"layers": 1, "width": 128, "image": 32, "batch": 64},
+}
+"""Settings whose products outweigh the rest, as those of real steps do."""
+
+SIZES = {"tiny": TINY, "wide": WIDE}
+
 MESHES = ("data=8", "data=2,tensor=4", "a=2,b=2,c=2")
 PRESETS = ("dp", "zero1", "zero2", "zero3", "megatron", "megatron_sp", "tp2d", "gshard")
+
+RANDOM = ("random_bits", "threefry2x32")
 
 O0 = {"xla_backend_optimization_level": 0}
 """Compiles fast; the passes that touch collectives run all the same."""
@@ -82,9 +99,11 @@ def losses(run: Callable[[Any], Any], arguments: tuple[Any, ...], steps: int) ->
 
 
 @functools.cache
-def reference_losses(model: str, steps: int) -> tuple[float, ...]:
+def reference_losses(model: str, steps: int, size: str = "tiny") -> tuple[float, ...]:
     """The losses of ``jax.jit(step)`` on one device."""
-    step, *arguments = make(model, **TINY[model])
+    if not steps:
+        return ()
+    step, *arguments = make(model, **SIZES[size][model])
     pure = adapt(step, arguments)
     compiled = jax.jit(pure.function, compiler_options=O0)
     return tuple(losses(lambda args: compiled(*args), pure.arguments, steps))
@@ -93,8 +112,8 @@ def reference_losses(model: str, steps: int) -> tuple[float, ...]:
 class Built:
     """A case planned, lowered and compiled once, for running and for audit."""
 
-    def __init__(self, case: Case, cost: RooflineCost | None = None) -> None:
-        step, *arguments = make(case.model, **TINY[case.model])
+    def __init__(self, case: Case, cost: RooflineCost | None = None, size: str = "tiny") -> None:
+        step, *arguments = make(case.model, **SIZES[size][case.model])
         self.arguments = adapt(step, arguments).arguments
         parallel: ParallelStep = parallelize(step, cost=cost or slow_device(case.mesh), preset=case.preset)
         self.compiled = parallel.compiled(*arguments)
@@ -118,9 +137,11 @@ class Built:
         return audit(self.executable, self.plan.mesh)
 
     def flops_ratios(self) -> tuple[float, float]:
-        """XLA's FLOPs over predicted ones: of everything, and of matrix products and convolutions alone."""
-        audited, products = self.audit(), flops(self.compiled.local, ("dot_general", "conv_general_dilated"))
-        return audited.flops / self.plan.prediction.flops, audited.product_flops / products
+        """XLA's FLOPs over predicted ones: without random bits, and of matrix products and convolutions alone."""
+        audited, local = self.audit(), self.compiled.local
+        random, products = flops(local, RANDOM), flops(local, ("dot_general", "conv_general_dilated"))
+        others = (audited.flops - audited.random_flops) / (self.plan.prediction.flops - random)
+        return others, audited.product_flops / products
 
     def differences(self) -> tuple[Difference, ...]:
         """Where compiled collectives are not the predicted ones."""

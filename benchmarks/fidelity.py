@@ -1,11 +1,11 @@
 """Every model x mesh x preset on 8 CPU devices: losses and collectives, against one device and the plan.
 
-    python -m benchmarks.fidelity [--models gpt moe] [--meshes data=8] [--presets dp none] [--steps 10]
+    python -m benchmarks.fidelity [--models gpt moe] [--meshes data=8] [--presets dp none] [--steps 10] [--size wide]
 
-One line per case: largest relative difference of the loss, FLOPs of XLA over predicted ones (all; of matrix
-products and convolutions), collectives that agree; then a line per difference. XLA on CPU counts random bits
-once per loop, so that the first ratio is below one where dropout weighs, as it does in a tiny step. The second
-counts a convolution as if it had no padding.
+One line per case: largest relative difference of the loss, FLOPs of XLA over predicted ones (all but random bits;
+matrix products and convolutions), collectives that agree; then a line per difference. Random bits weigh in a tiny step, and
+XLA on CPU counts the loop that makes them once. ``--size wide --steps 0`` compiles steps in which products outweigh
+everything else, and runs none. The second ratio counts a convolution as if it had no padding.
 """
 
 import argparse
@@ -17,7 +17,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 
-from benchmarks.cases import MESHES, PRESETS, TINY, Built, Case, cases, reference_losses
+from benchmarks.cases import MESHES, PRESETS, SIZES, TINY, Built, Case, cases, reference_losses
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--meshes", nargs="+", default=list(MESHES))
     parser.add_argument("--presets", nargs="+", default=["none", *PRESETS])
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--size", default="tiny", choices=list(SIZES))
     arguments = parser.parse_args()
     print(
         f"{'case':44} {'loss error':>10} {'flops':>8} {'products':>8} {'collectives':>24} {'seconds':>8}",
@@ -34,15 +35,15 @@ def main() -> None:
     for case in cases():
         wanted = case.mesh in arguments.meshes and (case.preset or "none") in arguments.presets
         if case.model in arguments.models and wanted:
-            report(case, arguments.steps)
+            report(case, arguments.size, arguments.steps)
             jax.clear_caches()
 
 
-def report(case: Case, steps: int) -> None:
+def report(case: Case, size: str, steps: int) -> None:
     start = time.perf_counter()
-    built = Built(case)
-    pairs = zip(built.losses(steps), reference_losses(case.model, steps), strict=True)
-    error = max(abs(found - expected) / abs(expected) for found, expected in pairs)
+    built = Built(case, size=size)
+    pairs = zip(built.losses(steps), reference_losses(case.model, steps, size), strict=True)
+    error = max((abs(found - expected) / abs(expected) for found, expected in pairs), default=0.0)
     predicted, differences = built.plan.prediction, built.differences()
     unexplained = sum(not difference.explanation for difference in differences)
     n_kinds = len(predicted.collectives)

@@ -39,8 +39,9 @@ class Audit:
 
     Attributes:
         collectives: sorted by kind and axes.
-        flops: XLA's count, with products and convolutions in loops as often as the loop runs. On CPU, XLA's
-            count of random bits is too low: they are made in a loop, whose elementwise body it counts once.
+        flops: XLA's count, with products and convolutions in loops as often as the loop runs.
+        random_flops: those of random bits among them, which XLA counts too low where it makes them in a loop, as on
+            CPU, and which it doubles where it makes them for each reader.
         product_flops: those of the matrix products and convolutions alone.
         argument_bytes: the arguments.
         output_bytes: the results, aliased ones included.
@@ -53,6 +54,7 @@ class Audit:
 
     collectives: tuple[Collective, ...]
     flops: float
+    random_flops: float
     product_flops: float
     argument_bytes: int
     output_bytes: int
@@ -83,6 +85,7 @@ def audit(compiled: Any, mesh: Mesh) -> Audit:
     return Audit(
         collectives=_collectives(module, mesh),
         flops=float((compiled.cost_analysis() or {}).get("flops", 0.0)) + uncounted_flops,
+        random_flops=hlo_work.random_flops(module),
         product_flops=sum(flops * times for flops, times in products),
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,

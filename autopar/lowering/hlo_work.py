@@ -15,6 +15,25 @@ def products(module: Module) -> Iterator[tuple[float, int]]:
             yield _product_flops(module.computations[computation], instruction), times
 
 
+def random_flops(module: Module) -> float:
+    """What XLA's cost analysis counts for random bits, by the names of the equations that they come from.
+
+    On CPU the rounds of the hash are a loop, which it counts once; and XLA may make the bits again for each reader.
+    """
+    return sum(
+        math.prod(_dims(instruction.shape))
+        for _, instruction, _ in executions(module, inside_fusions=True)
+        if instruction.opcode in _ELEMENTWISE and _RANDOM.search(instruction.attributes)
+    )
+
+
+_RANDOM = re.compile(r'op_name="[^"]*(?:random_bits|threefry2x32)')
+_ELEMENTWISE = frozenset(
+    """add and compare convert multiply not or select shift-left shift-right-arithmetic shift-right-logical subtract
+    xor""".split()
+)
+
+
 def _product_flops(scope: dict[str, Instruction], product: Instruction) -> float:
     left, right = (_dims(scope[name].shape) for name in product.operands[:2])
     if product.opcode == "convolution":

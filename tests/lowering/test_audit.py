@@ -247,7 +247,7 @@ def of(*collectives: tuple[str, tuple[str, ...], float, int]) -> list[Predicted]
 
 
 def audited(*collectives: Collective, platform: str) -> Audit:
-    return Audit(collectives, 0.0, 0.0, 0, 0, 0, 0, 0, None, platform)
+    return Audit(collectives, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0, None, platform)
 
 
 def built(*collectives: tuple[str, tuple[str, ...], float, int], platform: str = "tpu") -> Audit:
