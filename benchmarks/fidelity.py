@@ -3,9 +3,9 @@
     python -m benchmarks.fidelity [--models gpt moe] [--meshes data=8] [--presets dp none] [--steps 10] [--size wide]
 
 One line per case: largest relative difference of the loss, FLOPs of XLA over predicted ones (all but random bits;
-matrix products and convolutions), collectives that agree; then a line per difference. Random bits weigh in a tiny step, and
-XLA on CPU counts the loop that makes them once. ``--size wide --steps 0`` compiles steps in which products outweigh
-everything else, and runs none. The second ratio counts a convolution as if it had no padding.
+matrix products and convolutions), collectives that agree; then a line per difference. Random bits weigh in a tiny
+step, and XLA on CPU counts the loop that makes them once. ``--size wide --steps 0`` compiles steps in which products
+outweigh everything else, and runs none. The second ratio counts a convolution as if it had no padding.
 """
 
 import argparse

@@ -28,9 +28,9 @@ def random_flops(module: Module) -> float:
 
 
 _RANDOM = re.compile(r'op_name="[^"]*(?:random_bits|threefry2x32)')
-_ELEMENTWISE = frozenset(
-    """add and compare convert multiply not or select shift-left shift-right-arithmetic shift-right-logical subtract
-    xor""".split()
+_ELEMENTWISE = (
+    *("add", "and", "compare", "convert", "multiply", "not", "or", "select", "subtract", "xor"),
+    *("shift-left", "shift-right-arithmetic", "shift-right-logical"),
 )
 
 
