@@ -21,7 +21,8 @@ from autopar.lowering.pipeline.step import Call
 from autopar.lowering.pipeline.trace import chrome_trace, measure, spans_of
 from autopar.solver.schedule import SCHEDULES, TaskCosts, make_schedule, simulate
 from autopar.solver.schedule.validate import most_held
-from tests.e2e.test_pipeline import O0, pipeline, plan_stage
+from benchmarks.cases import O0
+from benchmarks.pipelines import build, plan_stage
 
 WIDTH, LAYERS = 8, 8
 
@@ -61,7 +62,7 @@ def reference(steps: int, size: int = 16) -> Any:
 
 @functools.cache
 def compiled(name: str, p: int, mesh: str = "data=1", batch: int = 16) -> Compiled:
-    return pipeline(step, arguments(batch), make_schedule(name, p, 4), mesh)
+    return build(step, arguments(batch), make_schedule(name, p, 4), mesh)
 
 
 TABLE = [(name, 4 if name == "bpipe" else 2) for name in SCHEDULES]
@@ -151,7 +152,7 @@ def test_a_stage_keeps_the_predicted_bytes_for_a_microbatch(mesh: str) -> None:
 
 
 def test_submeshes_may_differ_in_shape() -> None:
-    run = pipeline(step, arguments(), make_schedule("1f1b", 3, 4), "data=4", "data=1", "data=2")
+    run = build(step, arguments(), make_schedule("1f1b", 3, 4), "data=4", "data=1", "data=2")
     params, metrics = run(*arguments())
     for a, b in zip(jax.tree.leaves((params, metrics)), jax.tree.leaves(reference(1)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
