@@ -6,11 +6,11 @@ The public names are loaded on first use, so that plans can be read and problems
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from autopar.plan import Plan
+from autopar.plan import PipelinePlan, Plan, load_plan
 
 if TYPE_CHECKING:
     from autopar.api import compile, explain, parallelize
-    from autopar.api.pipelining import pipeline
+    from autopar.api.pipelining import pipeline, plan_stages
     from autopar.cluster import Mesh
     from autopar.errors import AutoparError
     from autopar.lowering.morph import morph
@@ -28,6 +28,7 @@ _HOMES = {
     "morph": "autopar.lowering.morph",
     "parallelize": "autopar.api",
     "pipeline": "autopar.api.pipelining",
+    "plan_stages": "autopar.api.pipelining",
     "Mesh": "autopar.cluster",
     "AutoparError": "autopar.errors",
     "ShardingRule": "autopar.sharding.factors",
@@ -39,17 +40,20 @@ _HOMES = {
 __all__ = [
     "AutoparError",
     "Mesh",
+    "PipelinePlan",
     "Plan",
     "ShardingRule",
     "Spec",
     "compile",
     "diff",
     "explain",
+    "load_plan",
     "local_rule",
     "morph",
     "parallelize",
     "pipeline",
     "plan",
+    "plan_stages",
     "sharding_rule",
 ]
 

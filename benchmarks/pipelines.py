@@ -7,6 +7,7 @@ went, the most activations that a device held and what the schedule allows.
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import tempfile
@@ -29,6 +30,7 @@ from autopar.ir.trace import trace
 from autopar.lowering.local_program import LocalProgram, build_local_program
 from autopar.lowering.pipeline.build import Compiled, Layout, build_pipeline
 from autopar.solver.schedule import SCHEDULES, Schedule, make_schedule
+from autopar.solver.schedule.data import ScheduleError
 from benchmarks.cases import O0, make, slow_device
 
 TEXT = {"layers": 2, "width": 32, "heads": 4, "vocab": 64, "seq": 16, "batch": 8, "optimizer": "sgd"}
@@ -36,7 +38,8 @@ IMAGE = {"layers": 2, "width": 32, "heads": 4, "image": 8, "batch": 8, "optimize
 MODELS: dict[str, dict[str, Any]] = {"gpt": TEXT, "bert": TEXT, "vit": IMAGE, "moe": {**TEXT, "experts": 4}}
 SUBMESHES = (2, 4)
 MESHES = ("data=1", "data=2", "data=2,tensor=2")
-MICROBATCHES = 4
+MICROBATCHES = (4, 8)
+"""The first that the schedule takes."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,10 @@ class Case:
 
     def tasks(self) -> Schedule:
         """The schedule."""
-        return make_schedule(self.schedule, self.n_submeshes, MICROBATCHES, None)
+        for microbatches in MICROBATCHES[:-1]:
+            with contextlib.suppress(ScheduleError):
+                return make_schedule(self.schedule, self.n_submeshes, microbatches, None)
+        return make_schedule(self.schedule, self.n_submeshes, MICROBATCHES[-1], None)
 
 
 def cases() -> Iterator[Case]:

@@ -3,7 +3,7 @@
     python -m benchmarks.solver FOLDER [--seconds 10 60] [--only A B] [--known FILE] [--peers highs cpsat scip] [--cpu]
 
 Time counts from after loading. Each solve has a process of its own, so that its peak memory is its own; kernels are
-compiled before, once per machine. ``--known`` is a file of lines ``NAME COST``, to which costs are compared;
+compiled and loaded before. ``--known`` is a file of lines ``NAME COST``, to which costs are compared;
 ``--peers`` also gives the plain model, without presolve or prices, to other solvers; ``--cpu`` counts CPU seconds of
 all threads instead of wall time, for a machine that does other work.
 """
@@ -73,6 +73,7 @@ def _apart(run: Run) -> str:
 def measure(run: Run) -> str:
     """The cells of one row of the table."""
     problem = read_iopddl(run.path)
+    compile_kernels()
     start, start_cpu = time.perf_counter(), time.process_time()
     head = f"{run.seconds:.0f} s"
     try:

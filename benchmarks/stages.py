@@ -8,7 +8,11 @@ import argparse
 import time
 from dataclasses import dataclass
 
-from autopar.api.staging.search import StagesPlan, plan_stages
+from autopar.api.planning import traced_in_time
+from autopar.api.staging.finalists import plan_searched
+from autopar.api.staging.search import Search, StagesPlan, search_traced
+from autopar.ir.arguments import adapt
+from autopar.ir.trace import Traced
 from models import gpt
 
 
@@ -28,7 +32,8 @@ class Row:
     vocab: int = 51200
     head_width: int = 128
 
-    def plan(self) -> StagesPlan:
+    def traced(self) -> tuple[Traced, float]:
+        """The step, and the CPU seconds of tracing it."""
         step, *arguments = gpt.make(
             layers=self.blocks,
             width=self.width,
@@ -41,9 +46,11 @@ class Row:
             remat=True,
             abstract=True,
         )
-        return plan_stages(
-            step,
-            *arguments,
+        return traced_in_time(adapt(step, arguments))
+
+    def search(self) -> Search:
+        """What to choose from."""
+        return Search(
             devices=self.devices,
             hardware=self.hardware,
             microbatches=self.microbatches,
@@ -51,6 +58,17 @@ class Row:
             stage_devices=self.stage_devices,
             layers=self.blocks + 1,
         )
+
+
+def searched(found: StagesPlan) -> str:
+    """The chosen slicing in some lines."""
+    best = found.slicing
+    stages = "; ".join(f"{s.first_layer}-{s.last_layer} on {s.submesh.name}" for s in best.stages)
+    parts = ", ".join(f"{name} {spent_s:.1f}" for name, spent_s in found.seconds.by_part.items())
+    return (
+        f"{best.total_s:.3f} s a step, {best.schedule}, {best.microbatches} microbatches: {stages}\n"
+        f"{found.n_problems} layer plans; {found.seconds.total:.1f} CPU s: {parts}"
+    )
 
 
 ROWS = {
@@ -63,10 +81,17 @@ ROWS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", choices=sorted(ROWS), default=sorted(ROWS))
-    for name in parser.parse_args().rows:
+    parser.add_argument("--whole", action="store_true", help="plan the stages of the best slicing, too")
+    arguments = parser.parse_args()
+    for name in arguments.rows:
         start_s = time.process_time()
-        plan = ROWS[name].plan()
-        print(f"{name}: {time.process_time() - start_s:.1f} CPU s, model and all\n{plan}\n", flush=True)
+        row = ROWS[name]
+        traced, trace_s = row.traced()
+        found = search_traced(traced, trace_s, row.search())
+        print(f"{name}: {time.process_time() - start_s:.1f} CPU s, model and all\n{searched(found)}", flush=True)
+        if arguments.whole:
+            print(plan_searched(traced, found).plan, flush=True)
+            print(f"{name}: {time.process_time() - start_s:.1f} CPU s with the plan of every stage", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-import autopar
 from autopar.api.planning import traced_in_time
 from autopar.api.staging.costs import Priced
 from autopar.api.staging.kinds import layer_kinds, tied_arguments
@@ -15,9 +14,8 @@ from autopar.api.staging.search import (
     Layered,
     Search,
     StagesPlan,
-    StagingError,
-    plan_stages,
-    plan_traced_stages,
+    search_stages,
+    search_traced,
     submeshes,
 )
 from autopar.api.staging.tables import LayerTables
@@ -29,7 +27,7 @@ from autopar.ir.stages import cut
 from autopar.ir.trace import Traced
 from autopar.lowering.pipeline.cut import microbatched
 from autopar.plan import Splitting
-from autopar.solver.slicing import Slicing, SlicingProblem, Submesh, slice_stages
+from autopar.solver.slicing import Slicing, SlicingProblem, slice_stages
 from benchmarks.cases import make
 
 TINY: dict[str, Any] = {"layers": 4, "width": 256, "heads": 4, "seq": 64, "batch": 16, "abstract": True}
@@ -61,7 +59,7 @@ def planned(model: str) -> StagesPlan:
         layers=4,
         stage_devices=(1, 4),
     )
-    return plan_traced_stages(traced(model), 0.0, search)
+    return search_traced(traced(model), 0.0, search)
 
 
 @pytest.mark.parametrize(("model", "n_layers", "kinds"), [("gpt", 4, (0, 1, 1, 2)), ("bert", 4, (0, 1, 1, 2))])
@@ -89,7 +87,7 @@ def test_the_residual_stream_is_what_crosses_and_the_table_is_tied():
 @pytest.mark.parametrize("run", [(1, 2), (0, 1), (0, 2)])
 def test_costs_of_layers_add_up_to_those_of_a_stage_planned_whole(mesh, run):
     found, plan = layered("gpt"), planned("gpt")
-    name = next(name for name, other in plan.meshes.items() if str(other) == mesh)
+    name = next(name for name, other in plan.variants.items() if str(other.mesh) == mesh and not other.frugality)
     first, last = run
     numbered = [0 if layer < first else 1 if layer <= last else 2 for layer in range(4)]
     numbered = [number - numbered[0] for number in numbered]
@@ -97,7 +95,7 @@ def test_costs_of_layers_add_up_to_those_of_a_stage_planned_whole(mesh, run):
     cost = RooflineCost(hardware("v100"), Mesh.parse(mesh))
     part = replace(found.parts[1,], stages=stages, index=numbered[first])
     (whole,) = Priced.of(part, cost, M).costs(cost, [0.0])
-    summed = plan.problem.costs.cost(first, last, Submesh(name, plan.meshes[name].n_devices), M, "none")
+    summed = plan.problem.costs.cost(first, last, plan.variants[name].submesh, M, "none")
     for field in ("state_bytes", "activation_bytes_per_microbatch"):  # plans of equal speed differ in what they keep
         assert getattr(summed, field) == pytest.approx(getattr(whole, field), rel=0.25)
     passes = [c.forward_s + c.backward_s + c.weight_s for c in (summed, whole)]
@@ -165,7 +163,7 @@ def test_frugal_plans_of_a_layer_keep_less():
     plan = planned("gpt")
     costs = plan.problem.costs
     assert isinstance(costs, LayerTables)
-    for name in plan.meshes:
+    for name in plan.variants:
         if "frugal" in name:
             lean, fast = (costs.runs[key, M][1,] for key in (name, name.partition(" frugal")[0]))
             assert lean.state_bytes <= fast.state_bytes
@@ -180,27 +178,25 @@ def test_submeshes_are_powers_of_two_in_a_host_and_whole_hosts():
     }  # fmt: skip
 
 
-def test_a_plan_says_what_it_predicts_and_how_to_run_it():
+def test_a_slicing_says_how_to_run_it_and_what_came_close():
     plan = planned("gpt")
-    for part in ("of 4 devices (v100)", "memory GB", "runner-ups:", "schedule", "layer plans"):
-        assert part in str(plan)
-    options = plan.pipeline_options()
-    assert options["mesh"] == str(plan.meshes[plan.slicing.stages[0].submesh.name])
-    assert len(options["stage_of_layer"]) == 4
-    assert options["submeshes"] * options["chunks"] == len(plan.slicing.stages)
-    autopar.pipeline(traced, **options)
-
-
-def test_stages_on_different_meshes_are_not_for_one_mesh():
-    plan = planned("gpt")
-    first = plan.slicing.stages[0]
-    other = replace(first, submesh=Submesh("1x4 data=2,tensor=2", 4))
-    mixed = replace(plan, slicing=replace(plan.slicing, stages=(first, other)))
-    with pytest.raises(StagingError, match="one mesh for all stages"):
-        mixed.pipeline_options()
+    layout, frugality = plan.layout()
+    assert layout.schedule.n_stages == len(plan.slicing.stages) == len(frugality)
+    assert [mesh.n_devices for mesh in layout.meshes] == [s.submesh.n_devices for s in plan.slicing.stages]
+    assert len(layout.stage_of_layer) == 4 and layout.splitting.microbatches == M
+    others = plan.runner_ups(plan.slicing)
+    assert [other.step_s for other in others] == [other.total_s for other in plan.slicing.runner_ups]
+    assert all("schedule" in other.differences[0] for other in others)
+    assert plan.slicing.total_s in [other.step_s for other in plan.runner_ups(plan.slicing.runner_ups[0])]
 
 
 def test_planning_takes_shapes_and_says_what_it_spent():
     step, *args = make("gpt", **MODELS["gpt"])
-    plan = plan_stages(step, *args, devices=2, hardware="v100", microbatches=(2,), layers=2, stage_devices=(1,))
+    plan = search_stages(step, *args, devices=2, hardware="v100", microbatches=(2,), layers=2, stage_devices=(1,))
     assert isinstance(plan.slicing, Slicing) and plan.seconds.total > plan.seconds.intra > 0
+
+
+@pytest.mark.parametrize(("batch", "numbers"), [(16, (4, 8, 16)), (8, (4, 8)), (6, (3,)), (7, (1,))])
+def test_numbers_of_microbatches_divide_the_batch(batch, numbers):
+    step, *args = make("mlp", layers=1, width=8, batch=batch, abstract=True)
+    assert Search(devices=2).numbers(traced_in_time(adapt(step, args))[0]) == numbers

@@ -2,9 +2,10 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 from autopar.api.explaining import explain
+from autopar.api.pipelining import PipelineStep, pipeline, plan_stages
 from autopar.api.planning import (
     Options,
     argument_shardings,
@@ -18,12 +19,13 @@ from autopar.api.planning import (
 from autopar.api.running import ParallelStep, Settings, check_fits
 from autopar.api.splitting import AUTO
 from autopar.ir.arguments import adapt
-from autopar.plan import Plan
+from autopar.plan import PipelinePlan, Plan
 
 __all__ = [
     "AUTO",
     "Options",
     "ParallelStep",
+    "PipelineStep",
     "Settings",
     "argument_shardings",
     "check_fits",
@@ -32,8 +34,10 @@ __all__ = [
     "equation_seconds",
     "explain",
     "parallelize",
+    "pipeline",
     "plan",
     "plan_prepared",
+    "plan_stages",
     "plan_traced",
     "prediction",
     "traced_in_time",
@@ -56,18 +60,28 @@ def plan(step: Callable[..., Any], *args: Any, static_argnums: Sequence[int] = (
     return plan_traced(*traced_in_time(adapted), Options(**options))
 
 
-def compile(step: Callable[..., Any], plan: Plan, **settings: Any) -> ParallelStep:
+@overload
+def compile(step: Callable[..., Any], plan: Plan, **settings: Any) -> ParallelStep: ...
+
+
+@overload
+def compile(step: Callable[..., Any], plan: PipelinePlan, **settings: Any) -> PipelineStep: ...
+
+
+def compile(step: Callable[..., Any], plan: Plan | PipelinePlan, **settings: Any) -> ParallelStep | PipelineStep:
     """A callable that runs ``step`` under a plan.
 
     Args:
         step: the step that the plan was made for.
-        plan: the plan.
-        **settings: those of ``Settings``.
+        plan: the plan, for one mesh or of a pipeline.
+        **settings: those of ``Settings``, or of ``Pipeline`` that are no part of the plan.
 
     Raises:
         PlanError: at the first call, if the plan was made for another program.
         MeshError: there are fewer devices than the plan's mesh needs.
     """
+    if isinstance(plan, PipelinePlan):
+        return pipeline(step, plan=plan, **settings)
     return ParallelStep(step, Options(mesh=plan.mesh), Settings(plan=plan, **settings))
 
 

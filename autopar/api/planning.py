@@ -13,7 +13,7 @@ from autopar.api.refusal import too_little_memory
 from autopar.api.splitting import AUTO, Chunks, plan_over_time, splitting_of
 from autopar.cluster import Mesh, mesh_candidates
 from autopar.cost import CostModel, RooflineCost, hardware, overlaps
-from autopar.errors import InfeasibleError
+from autopar.errors import InfeasibleError, MicrobatchError
 from autopar.ir.arguments import Adapted
 from autopar.ir.trace import Traced, trace
 from autopar.lowering import predict
@@ -24,6 +24,7 @@ from autopar.lowering.spmd import argument_shardings
 from autopar.plan import Plan, Prediction, Splitting
 from autopar.planner.intra import Formulation
 from autopar.planner.pins import restrict
+from autopar.planner.piping import PIPE
 from autopar.planner.search import Limits, Masks, Prepared, prepare, search
 from autopar.solver import Choice
 
@@ -50,10 +51,15 @@ class Options:
         cost: a cost model instead of ``hardware``'s.
         microbatches: parts of the batch that a step takes one after the other, exactly; "auto" tries 1, 2, 4, ... while
             memory binds.
-        chunk: ``{"name pattern[dimension]": parts}`` of values that are never made whole.
+        chunk: ``{"name pattern[dimension]": parts}`` of values that are never made whole; or ``{"vocab": parts}``,
+            ``{"seq": parts}`` for the largest value with that dimension.
         batch: pattern of the names of the arguments whose dimension 0 is the batch; empty to guess.
         allow: "recompute" and "ghost_batch_norm": what to accept where microbatches need a value of the whole batch.
+        rounds: on a mesh with an axis "pipe", how often a microbatch goes through all stages: more rounds, less bubble.
         on_progress: called with the solver's progress.
+
+    On a mesh with an axis called "pipe" the step's scan over layers becomes a pipeline of as many stages; the number of
+    microbatches is then searched if it is not given.
     """
 
     mesh: Mesh | str | None = None
@@ -69,6 +75,7 @@ class Options:
     chunk: Chunks = ()
     batch: str = ""
     allow: str | tuple[str, ...] = ()
+    rounds: int = 1
     on_progress: Callable[[Any], None] | None = field(default=None, compare=False, repr=False)
 
     def meshes(self) -> tuple[Mesh, ...]:
@@ -90,8 +97,16 @@ class Options:
         return self.cost or RooflineCost(hardware(self.hardware or detect_hardware()), mesh)
 
     def splitting(self) -> Splitting:
-        """How to split the step over time, where the number of microbatches is given."""
-        return splitting_of(1 if self.microbatches == AUTO else self.microbatches, self.chunk, self.batch, self.allow)
+        """How to split the step over time; as many microbatches as stages, or one, where no number is given."""
+        stages = self.meshes()[0].sizes.get(PIPE, 1) if self.mesh or self.cost else 1
+        microbatches = stages if self.microbatches in (AUTO, 1) else self.microbatches
+        given = splitting_of(microbatches, self.chunk, self.batch, self.allow)
+        if self.rounds != 1 and (stages == 1 or self.rounds < 1):
+            raise MicrobatchError(
+                f"rounds={self.rounds} of a pipeline on mesh {self.mesh}",
+                fix="give a mesh with an axis 'pipe', or rounds=1",
+            )
+        return replace(given, stages=stages, rounds=self.rounds)
 
     def limit_bytes(self, cost: CostModel) -> float:
         """Memory of one device."""
@@ -212,7 +227,7 @@ def prediction(
         cost: prices its collectives, and knows the memory of a device.
         state: (input, output) pairs that share a buffer.
     """
-    compute_s, communication_s = sum(seconds.values()), predict.communication_s(local)
+    compute_s, communication_s = sum(seconds.values()) - predict.inside_s(local), predict.communication_s(local)
     memory = predict.memory(local, cost, state)
     return Prediction(
         step_s=compute_s + communication_s - hidden_s(local, seconds, overlap=overlaps(cost)),

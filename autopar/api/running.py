@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 
+from autopar.api.agreeing import agreed_plan
 from autopar.api.planning import Options, argument_shardings, detect_hardware, plan_traced, traced_in_time
 from autopar.compat import shape_struct
 from autopar.errors import MicrobatchError, PlanError
@@ -17,13 +18,22 @@ from autopar.ir.fingerprint import fingerprint
 from autopar.ir.trace import Traced
 from autopar.lowering.jit import lower_jit
 from autopar.lowering.local_program import build_local_program
+from autopar.lowering.morph import morph
+from autopar.lowering.processes import one_at_a_time
 from autopar.lowering.spmd import copies, device_mesh, lower, shardings
 from autopar.lowering.time.microbatch import split_step
 from autopar.plan import Plan
 
 
 class ParallelStep:
-    """A train step that plans at its first call and then runs on the mesh. Made by ``parallelize`` or ``compile``."""
+    """A train step that plans at its first call and then runs on the mesh. Made by ``parallelize`` or ``compile``.
+
+    Where the mesh has devices of several processes (``jax.distributed``), each of them makes the same calls. A NumPy
+    array, a number, or a JAX array on one device is then the same whole array in every process: each puts its own
+    blocks on its own devices. An array under a ``NamedSharding`` is one array of all, such as a batch of which each
+    process has read its own rows: ``jax.make_array_from_process_local_data(plan.shardings[1][name], rows)``. All run
+    the plan of the first process.
+    """
 
     def __init__(self, step: Callable[..., Any], options: Options, settings: "Settings") -> None:
         self.step, self.options, self.settings = step, options, settings
@@ -91,7 +101,7 @@ class _Compiled:
 
     def __init__(self, adapted: Adapted, options: Options, settings: Settings) -> None:
         traced, trace_s = traced_in_time(adapted)
-        found = self._find_plan(traced, trace_s, options, settings)
+        found = agreed_plan(self._find_plan(traced, trace_s, options, settings), settings.devices)
         traced = split_step(traced, found.splitting)
         self.traced, self.devices, self.target = traced, settings.devices, settings.lower
         place = functools.partial(argument_shardings, traced.in_tree, devices=settings.devices)
@@ -123,7 +133,7 @@ class _Compiled:
         """The arrays that the step closes over, on the devices."""
         program = self.traced.program
         places = self.shardings[len(program.arguments) :]
-        return [jax.device_put(c, s) for c, s in zip(program.constants, places, strict=True)]
+        return [_put(constant, place) for constant, place in zip(program.constants, places, strict=True)]
 
     @staticmethod
     def _find_plan(traced: Traced, trace_s: float, options: Options, settings: Settings) -> Plan:
@@ -147,10 +157,11 @@ class _Compiled:
         donated = set(self.donated)
         for i, (leaf, sharding) in enumerate(zip(leaves, self.shardings, strict=False)):
             there = getattr(leaf, "sharding", None) == sharding
-            if i in donated and isinstance(leaf, jax.Array) and (not there or id(leaf) in seen):
+            may_share = isinstance(leaf, jax.Array) or not sharding.is_fully_addressable
+            if i in donated and may_share and (not there or id(leaf) in seen):
                 shared.append(i)
             seen.add(id(leaf))
-            placed.append(leaf if there else jax.device_put(leaf, sharding, may_alias=False if i in donated else None))
+            placed.append(leaf if there else _put(leaf, sharding, may_alias=False if i in donated else None))
         # device_put may keep a shard of its source, may_alias or not: only a program's results are surely new buffers.
         for i, copy in zip(shared, copies([placed[i] for i in shared]), strict=True):
             placed[i] = copy
@@ -159,8 +170,16 @@ class _Compiled:
     def run(self, adapted: Adapted) -> Any:
         """One step on arguments of the shapes that it was compiled for."""
         placed = self.place(jax.tree.leaves(adapted.arguments))
-        results = self.function(*placed, *self.constants)
+        run = one_at_a_time(jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec()), self.function)
+        results = run(*placed, *self.constants)
         return adapted.restore(jax.tree.unflatten(self.traced.out_tree, results))
+
+
+def _put(array: Any, sharding: jax.sharding.NamedSharding, *, may_alias: bool | None = None) -> jax.Array:
+    """The array where the plan wants it; in several processes one array of all, or the same whole array in each."""
+    if sharding.is_fully_addressable and getattr(array, "is_fully_addressable", True):
+        return jax.device_put(array, sharding, may_alias=may_alias)
+    return morph(array, sharding)
 
 
 def check_fits(plan: Plan, traced: Traced) -> Traced:

@@ -18,14 +18,14 @@ PATIENCE = 2
 """How many numbers of microbatches in a row may be worse than the best before the search ends."""
 
 Chunks = Mapping[str, int] | tuple[tuple[str, int], ...]
-"""Parts by ``name pattern[dimension]`` of a value."""
+"""Parts by ``name pattern[dimension]`` of a value, or by the name of a dimension, "vocab" or "seq"."""
 
 
 def splitting_of(microbatches: int | str, chunk: Chunks, batch: str, allow: str | tuple[str, ...]) -> Splitting:
     """The splitting that the user's words stand for.
 
     Raises:
-        MicrobatchError: a chunk without its dimension, or a number below one.
+        MicrobatchError: a number below one.
     """
     pairs = chunk.items() if isinstance(chunk, Mapping) else chunk
     allowed = (allow,) if isinstance(allow, str) and allow else tuple(allow)
@@ -38,14 +38,11 @@ def splitting_of(microbatches: int | str, chunk: Chunks, batch: str, allow: str 
     return Splitting(microbatches, tuple(_chunk(name, count) for name, count in pairs), batch, allowed)
 
 
-def _chunk(name: str, count: int) -> tuple[str, int, int]:
+def _chunk(name: str, count: int) -> tuple[str, int | None, int]:
+    if count < 1:
+        raise MicrobatchError(f"chunk '{name}' in {count} parts cannot be", fix="give a number from 1 on")
     found = re.fullmatch(r"(.+)\[(-?\d+)\]", name)
-    if not found or count < 1:
-        raise MicrobatchError(
-            f"chunk '{name}' in {count} parts says no dimension",
-            fix="write the value's name and dimension, as chunk={'.*head/dot_general[2]': 8}",
-        )
-    return found[1], int(found[2]), count
+    return (found[1], int(found[2]), count) if found else (name, None, count)
 
 
 def plan_over_time(
@@ -55,7 +52,8 @@ def plan_over_time(
 
     Args:
         traced: the whole step.
-        microbatches: a number, or "auto": 1, 2, 4, ... until memory does not bind, or more are no better.
+        microbatches: a number, or "auto": 1, 2, 4, ... times the stages, until memory does not bind or
+            more are no better.
         splitting: what else is asked for.
         plan_one: plans a split step.
 
@@ -63,11 +61,9 @@ def plan_over_time(
         InfeasibleError: no plan fits, whatever the number.
         MicrobatchError: the step cannot be split so.
     """
-    if microbatches != AUTO:
+    if microbatches != AUTO and not (microbatches == 1 and splitting.stages > 1):
         return replace(plan_one(split_step(traced, splitting)), splitting=splitting)
-    best: Plan | None = None
-    refused: InfeasibleError | None = None
-    worse = 0
+    best, refused, worse = None, None, 0
     for each in _numbers(traced, splitting):
         try:
             found = replace(plan_one(split_step(traced, each)), splitting=each)
@@ -75,13 +71,15 @@ def plan_over_time(
             refused = error if refused is None or error.least_bytes < refused.least_bytes else refused
             continue
         except MicrobatchError as error:
+            if best is None and refused is None:
+                raise
             log.warning("microbatches are not tried: %s", error.what)
             break
         if best is None or found.prediction.serial_s < best.prediction.serial_s:
             best, worse = found, 0
         else:
             worse += 1
-        if worse >= PATIENCE or not memory_binds(found):
+        if worse >= PATIENCE or not (memory_binds(found) or each.stages > 1):
             break
     if best is None:
         assert refused is not None
@@ -90,9 +88,10 @@ def plan_over_time(
 
 
 def _numbers(traced: Traced, splitting: Splitting) -> Iterator[Splitting]:
-    yield splitting
     size = min(value.shape[0] for value in batch_arguments(traced, splitting.batch))
-    count = 2
+    count = splitting.stages if size % splitting.stages == 0 else 1
+    yield replace(splitting, microbatches=count)
+    count *= 2
     while size % count == 0:
         yield replace(splitting, microbatches=count)
         count *= 2

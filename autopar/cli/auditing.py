@@ -6,10 +6,10 @@ from typing import Any
 import jax
 
 from autopar import api
-from autopar.cli.commands import collective_json
 from autopar.cli.console import progress, show, show_json
 from autopar.cli.options import Auditing
 from autopar.cli.planning import devices_for, force_devices, read_target
+from autopar.cli.printing import collective_json
 from autopar.cluster import Mesh
 from autopar.lowering.audit import Audit, Collective, Difference, compare
 from autopar.lowering.audit import audit as read_compiled

@@ -1,74 +1,65 @@
 """plan, run and plan-and-run."""
 
+from dataclasses import fields
 from typing import Any
 
 import typer
 
+from autopar.cli import pipelines
 from autopar.cli.console import FAILED, note, show, show_json
 from autopar.cli.options import Planning, PlanningAndRunning, Running
-from autopar.cli.planning import force_devices, plan_request, read_target
+from autopar.cli.planning import Job, force_devices, plan_request, read_target
+from autopar.cli.printing import plan_json
 from autopar.cli.training import TOLERANCE, Training, losses_table, train
-from autopar.plan import Plan
+from autopar.plan import PipelinePlan, Plan, load_plan
 from autopar.plan.figures import seconds
 from autopar.plan.terminal import table
 
 
 def plan(request: Planning) -> None:
     """Shows the best plan."""
-    _, found = plan_request(request)
+    _, found = _planned(request)
     if request.json:
-        show_json(plan_json(found))
+        show_json(_as_json(found))
     else:
-        show(found, _spent(found))
+        _show(found)
 
 
 def run(request: Running) -> None:
     """Trains under the plan of a file, or under one made now."""
     if request.plan is None:
-        planning = Planning(target=request.target, set=request.set, mesh=request.mesh)
-        job, found = plan_request(planning, to_run=True)
+        shared = {field.name for field in fields(Running)} & {field.name for field in fields(Planning)}
+        job, found = _planned(Planning(**{name: getattr(request, name) for name in shared}), to_run=True)
         target = job.target
     else:
-        found, target = Plan.load(request.plan), read_target(request.target, request.set)
-        force_devices(found.mesh.n_devices)
+        found, target = load_plan(request.plan), read_target(request.target, request.set)
+        force_devices(found.n_devices if isinstance(found, PipelinePlan) else found.mesh.n_devices)
     _report(found, train(target, found, request.steps, request.check), request.json)
 
 
 def plan_and_run(request: PlanningAndRunning) -> None:
     """Plans, shows the plan, trains."""
-    job, found = plan_request(request, to_run=True)
+    job, found = _planned(request, to_run=True)
     if not request.json:
-        show(found, _spent(found))
+        _show(found)
     _report(found, train(job.target, found, request.steps, request.check), request.json)
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """What ``autopar plan --json`` prints."""
-    solution, prediction = plan.solution, plan.prediction
-    return {
-        "objective_s": solution.objective_s,
-        "lower_bound_s": solution.lower_bound_s,
-        "gap": solution.gap,
-        "proven_optimal": solution.proven_optimal,
-        "step_s": prediction.step_s,
-        "peak_bytes": prediction.peak_bytes,
-        "flops_per_device": prediction.flops,
-        "microbatches": plan.microbatches,
-        "collectives": [collective_json(c) for c in prediction.collectives],
-        "trace_s": solution.trace_s,
-        "build_s": solution.build_s,
-        "solve_s": solution.solve_s,
-        "n_equations": solution.n_equations,
-        "n_nodes": solution.n_nodes,
-        "replicated_primitives": [name for name, _ in solution.replicated_primitives],
-        "params": {name: [list(axes) for axes in dims] for name, dims in plan.params.items()},
-        "mesh": plan.mesh.sizes,
-    }
+def _planned(request: Planning, *, to_run: bool = False) -> tuple[Job, Plan | PipelinePlan]:
+    if pipelines.wanted(request):
+        return pipelines.plan_request(request, to_run=to_run)
+    return plan_request(request, to_run=to_run)
 
 
-def collective_json(one: Any) -> dict[str, Any]:
-    """Collectives of a plan or of a compiled program as JSON."""
-    return {"kind": one.kind, "axes": list(one.axes), "bytes": one.nbytes, "count": one.count}
+def _as_json(plan: Plan | PipelinePlan) -> dict[str, Any]:
+    return pipelines.pipeline_json(plan) if isinstance(plan, PipelinePlan) else plan_json(plan)
+
+
+def _show(plan: Plan | PipelinePlan) -> None:
+    if isinstance(plan, PipelinePlan):
+        show(plan)
+    else:
+        show(plan, _spent(plan))
 
 
 def _spent(plan: Plan) -> str:
@@ -79,7 +70,7 @@ def _spent(plan: Plan) -> str:
     )
 
 
-def _report(plan: Plan, training: Training, as_json: bool) -> None:
+def _report(plan: Plan | PipelinePlan, training: Training, as_json: bool) -> None:
     """Shows losses and the verdict; ends with exit code 1 if they differ from one device."""
     checked = bool(training.reference_loss)
     if as_json:
@@ -89,7 +80,7 @@ def _report(plan: Plan, training: Training, as_json: bool) -> None:
                 "reference_loss": list(training.reference_loss),
                 "max_rel_error": training.max_rel_error,
             }
-        show_json(plan_json(plan) | extra)
+        show_json(_as_json(plan) | extra)
     else:
         columns = "step|loss|on one device" if checked else "step|loss|"
         losses = table(f"training on {len(training.devices)} {training.devices[0]} devices", columns, columns)

@@ -40,6 +40,24 @@ def command(kind: type) -> Callable[[Callable[[Any], None]], Callable[..., None]
 TargetText = Annotated[str, typer.Argument(metavar="TARGET", help=SHAPE)]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the target.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+Meshes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mesh",
+        help="Mesh, as data=2,tensor=4; without it, every shape is tried. Of a pipeline: of all submeshes, or again "
+        "for each.",
+    ),
+]
+Microbatches = Annotated[
+    str | None, typer.Option(metavar="M", help="Parts of the batch in turn, exactly; or auto. Pipelines take 4.")
+]
+Stages = Annotated[
+    str | None, typer.Option(metavar="N", help="A pipeline of so many stages on submeshes; or auto, to search for one.")
+]
+Schedules = Annotated[
+    list[str] | None, typer.Option("--schedule", help="The order of a pipeline's tasks, as 1f1b; auto tries several.")
+]
+Chunks = Annotated[int | None, typer.Option(min=1, help="Stages on each submesh, where a schedule lets one choose.")]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, as autopar plan -o writes it.")]
 
 
@@ -49,15 +67,20 @@ class Searching:
 
     target: TargetText
     set: Sets = None
-    mesh: Annotated[str | None, typer.Option(help="Mesh, as data=2,tensor=4; without it, every shape is tried.")] = None
+    mesh: Meshes = None
     devices: Annotated[int | None, typer.Option(min=1, help="Devices to plan for.")] = None
     hardware: Annotated[str | None, typer.Option(help="Profile name or file; detected by default.")] = None
     memory_gb: Annotated[float | None, typer.Option(min=0, help="Memory of a device in 1e9 bytes.")] = None
     pin: Annotated[list[str] | None, typer.Option(metavar="PATTERN=SPEC", help="As 'params/.*kernel=,tensor'.")] = None
     seconds: Annotated[float, typer.Option(min=0, help="Time for the solver, per mesh.")] = 60.0
-    microbatches: Annotated[str, typer.Option(metavar="M", help="Parts of the batch in turn, exactly; or auto.")] = "1"
+    microbatches: Microbatches = None
+    stages: Stages = None
+    schedule: Schedules = None
+    chunks: Chunks = None
+    rounds: Annotated[int, typer.Option(min=1, help="On a mesh with an axis pipe: rounds of a microbatch.")] = 1
     chunk: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN[DIM]=N", help="Never make that value whole, but in N parts.")
+        list[str] | None,
+        typer.Option(metavar="PATTERN[DIM]=N", help="Never make that value whole, but in N parts; or vocab=N, seq=N."),
     ] = None
     allow: Annotated[
         list[str] | None, typer.Option(help="For microbatches: recompute, or ghost_batch_norm, where they need it.")
@@ -90,7 +113,11 @@ class Running:
     target: TargetText
     set: Sets = None
     plan: Annotated[Path | None, typer.Option(help="A plan file; without it, one is made first.")] = None
-    mesh: Annotated[str | None, typer.Option(help="Mesh, where no plan is given.")] = None
+    mesh: Meshes = None
+    microbatches: Microbatches = None
+    stages: Stages = None
+    schedule: Schedules = None
+    chunks: Chunks = None
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 10
     check: Annotated[bool, typer.Option(help="Compare the losses with one device.")] = False
     json: Json = False
@@ -135,6 +162,10 @@ class Solving:
 
     problem: Annotated[Path, typer.Argument(metavar="PROBLEM", help="An instance, .json or .json.gz.")]
     seconds: Annotated[float, typer.Option(min=0, help="Time for the solver.")] = 60.0
+    seed: Annotated[int, typer.Option(min=0, help="Of the solver's random choices.")] = 0
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Count work, not time: every run returns the same choice.")
+    ] = False
     json: Json = False
 
 

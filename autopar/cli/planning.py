@@ -16,7 +16,7 @@ from autopar.cost.measured import MeasuredCost
 from autopar.errors import AutoparError, HardwareError, InfeasibleError, MeshError, MicrobatchError, PinError
 from autopar.ir.arguments import Adapted, adapt
 from autopar.ir.trace import Traced
-from autopar.lowering.spmd import device_mesh
+from autopar.lowering.pipeline.build import submeshes
 from autopar.plan import Plan
 from autopar.plan.figures import certificate
 from autopar.planner.pins import parse_pin
@@ -37,15 +37,15 @@ def force_devices(n_devices: int) -> None:
         return  # JAX runs already: its devices are what there is
 
 
-def devices_for(mesh: Mesh) -> Sequence[Any]:
-    """The devices to run on: JAX's own, or CPU devices where those are too few.
+def devices_for(*meshes: Mesh) -> Sequence[Any]:
+    """The devices to run on, for one mesh or one after the other: JAX's own, or CPU devices where those are too few.
 
     Raises:
         MeshError: there are too few of either.
     """
-    own = jax.devices()
-    found = own if len(own) >= mesh.n_devices else jax.devices("cpu")
-    return list(device_mesh(mesh, found).devices.flat)
+    own, needed = jax.devices(), sum(mesh.n_devices for mesh in meshes)
+    found = own if len(own) >= needed else jax.devices("cpu")
+    return [device for mesh in submeshes(meshes, found) for device in mesh.devices.flat]
 
 
 def read_target(text: str, settings: list[str] | None) -> Target:
@@ -73,34 +73,43 @@ class Job:
 
     def per_mesh(self) -> list[tuple[api.Options, CostModel]]:
         """The options and the prices of every mesh to try."""
-        pairs = ((mesh, self._prices(mesh)) for mesh in self.options.meshes())
+        pairs = ((mesh, self.prices(mesh)) for mesh in self.options.meshes())
         return [(replace(self.options, mesh=mesh, cost=cost), cost) for mesh, cost in pairs]
 
-    def _prices(self, mesh: Mesh) -> CostModel:
+    def prices(self, mesh: Mesh) -> CostModel:
+        """The prices on a mesh."""
         roofline = RooflineCost(hardware(self.options.hardware or "cpu"), mesh)
         return MeasuredCost(roofline, TIMINGS) if self.costs == "measured" else roofline
 
 
 def prepare_job(request: Searching) -> Job:
     """Loads and traces the target of a command."""
+    mesh = one_mesh(request)
+    return traced_job(request, mesh, request.devices, mesh.n_devices if mesh else request.devices or 0)
+
+
+def traced_job(request: Searching, mesh: Mesh | None, devices: int | None, needed: int) -> Job:
+    """Loads and traces the target of a command.
+
+    Args:
+        request: the command's options.
+        mesh: to plan for, if it is known.
+        devices: to plan for where there is no mesh; None for those at hand.
+        needed: how many devices should be there to run on.
+    """
     if request.costs not in ("roofline", "measured"):
         raise HardwareError(f"unknown costs '{request.costs}'", fix="choose roofline or measured")
-    mesh = Mesh.parse(request.mesh) if request.mesh else None
-    if mesh and request.devices not in (None, mesh.n_devices):
-        raise MeshError(
-            f"mesh {mesh} has {mesh.n_devices} devices, --devices says {request.devices}",
-            fix="give one of the two",
-        )
     pins = tuple(map(parse_pin, request.pin or ()))
     target = read_target(request.target, request.set)
-    force_devices(mesh.n_devices if mesh else request.devices or 0)
+    force_devices(needed)
     options = api.Options(
         mesh=mesh,
-        devices=request.devices or default_devices(),
+        devices=devices or default_devices(),
         hardware=request.hardware or api.detect_hardware(),
         memory_gb=request.memory_gb,
         pins=pins,
         microbatches=parse_microbatches(request.microbatches),
+        rounds=request.rounds,
         chunk=tuple(map(parse_chunk, request.chunk or ())),
         allow=tuple(request.allow or ()),
         strict=request.strict,
@@ -113,8 +122,27 @@ def prepare_job(request: Searching) -> Job:
     return Job(target, traced, trace_s, options, request.costs)
 
 
-def parse_microbatches(text: str) -> int | str:
-    """A number, or "auto"."""
+def one_mesh(request: Searching) -> Mesh | None:
+    """The mesh that a command names; raises MeshError where it names another number of devices, or several meshes."""
+    if not request.mesh:
+        return None
+    mesh = Mesh.parse(request.mesh[0])
+    if len(request.mesh) > 1:
+        raise MeshError(
+            f"{len(request.mesh)} meshes for one program", fix="give one --mesh, or --stages for a pipeline on several"
+        )
+    if request.devices not in (None, mesh.n_devices):
+        raise MeshError(
+            f"mesh {mesh} has {mesh.n_devices} devices, --devices says {request.devices}",
+            fix="give one of the two",
+        )
+    return mesh
+
+
+def parse_microbatches(text: str | None) -> int | str:
+    """A number, one if none is given; or "auto"."""
+    if text is None:
+        return 1
     if text == api.AUTO or text.isdigit():
         return text if text == api.AUTO else int(text)
     raise MicrobatchError(f"--microbatches {text} is not a number", fix="give a number from 1 on, or auto")
@@ -124,7 +152,9 @@ def parse_chunk(text: str) -> tuple[str, int]:
     """``PATTERN[DIM]=N``."""
     name, _, count = text.rpartition("=")
     if not name or not count.isdigit():
-        raise MicrobatchError(f"--chunk {text} does not parse", fix="write it as --chunk '.*head/dot_general[2]=8'")
+        raise MicrobatchError(
+            f"--chunk {text} does not parse", fix="write it as --chunk '.*head/dot_general[2]=8' or vocab=8"
+        )
     return name, int(count)
 
 

@@ -1,24 +1,31 @@
 """explain and diff: what plan files say."""
 
+import difflib
 from dataclasses import asdict
 from typing import Any
 
 from autopar import api
+from autopar.api.staging.stored import timeline_of
 from autopar.cli.console import note, progress, show, show_json
 from autopar.cli.options import Comparing, Explaining
+from autopar.cli.pipelines import pipeline_json
 from autopar.cli.planning import Job, adapted, force_devices, read_target
-from autopar.errors import PlanError
-from autopar.plan import Plan
+from autopar.errors import PinError, PlanError
+from autopar.plan import PipelinePlan, Plan, load_plan
 from autopar.plan.terminal import escape, table
 from autopar.planner import diff as differ
 from autopar.planner.explain import Alternative, Explanation, explained
 from autopar.planner.pins import restrict
 from autopar.planner.search import prepare
+from autopar.solver.schedule.draw import draw_text
 
 
 def explain(request: Explaining) -> None:
     """Shows the values of a plan, or the alternatives of one value."""
-    plan = Plan.load(request.plan)
+    plan = load_plan(request.plan)
+    if isinstance(plan, PipelinePlan):
+        _explain_pipeline(plan, request)
+        return
     if request.value is None:
         if request.json:
             show_json({name: str(spec) for name, spec in plan.values.items()})
@@ -31,6 +38,36 @@ def explain(request: Explaining) -> None:
         show_json({"value": request.value, "read_by": list(found.readers), "alternatives": alternatives})
     else:
         show(found)
+
+
+def _explain_pipeline(plan: PipelinePlan, request: Explaining) -> None:
+    """Shows the stages of a pipeline and when each runs what; or the layouts of a value at the stages that know it."""
+    if request.value is None:
+        if request.json:
+            show_json(pipeline_json(plan))
+        else:
+            show(plan, "\nwhen a step runs what, as predicted:", escape(draw_text(timeline_of(plan))))
+        return
+    known = {
+        i: stage.plan.values[request.value] for i, stage in enumerate(plan.stages) if request.value in stage.plan.values
+    }
+    if not known:
+        names = {name for stage in plan.stages for name in stage.plan.values}
+        close = difflib.get_close_matches(request.value, names, 3, 0.4)
+        raise PinError(
+            f"the plan has no value {request.value}",
+            where=f"{len(plan.stages)} stages",
+            fix=f"names that are close: {', '.join(close)}"
+            if close
+            else "autopar explain plan.json --json lists parameters",
+        )
+    if request.json:
+        show_json({"value": request.value, "stages": {str(i): str(spec) for i, spec in known.items()}})
+        return
+    found = table(request.value, "stage|mesh|spec")
+    for index, spec in known.items():
+        found.add_row(str(index), str(plan.stages[index].plan.mesh), escape(str(spec)))
+    show(found)
 
 
 def _values_table(plan: Plan) -> Any:

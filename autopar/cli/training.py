@@ -14,7 +14,7 @@ from autopar.cli.console import progress
 from autopar.cli.planning import devices_for
 from autopar.errors import TargetError
 from autopar.ir.arguments import has_objects
-from autopar.plan import Plan
+from autopar.plan import PipelinePlan, Plan
 from autopar.targets import Target
 
 TOLERANCE = 1e-4
@@ -49,7 +49,7 @@ class Training:
         return max((abs(a - b) / max(abs(b), 1e-30) for a, b in pairs), default=0.0)
 
 
-def train(target: Target, plan: Plan, steps: int, check: bool) -> Training:
+def train(target: Target, plan: Plan | PipelinePlan, steps: int, check: bool) -> Training:
     """Runs a plan on the target's state and batch; with ``check``, one device first."""
     with progress(f"making the state of {target.text}") as update:
         step, state, batch = target.real()
@@ -57,8 +57,9 @@ def train(target: Target, plan: Plan, steps: int, check: bool) -> Training:
         if check:
             update(f"{steps} steps on one device, to compare with")
             reference, _ = _losses(_serial(step, state), _copied(state), batch, steps)
-        update(f"compiling for mesh {plan.mesh}")
-        devices = devices_for(plan.mesh)
+        meshes = plan.meshes if isinstance(plan, PipelinePlan) else (plan.mesh,)
+        update(f"compiling for mesh {', '.join(map(str, dict.fromkeys(meshes)))}")
+        devices = devices_for(*meshes)
         parallel = api.compile(step, plan, devices=devices)
         losses, times_s = _losses(parallel, state, batch, steps, lambda i: update(f"step {i + 1} of {steps}"))
     return Training(tuple(losses), tuple(times_s), tuple(d.platform for d in devices), tuple(reference))

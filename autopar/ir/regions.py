@@ -24,6 +24,8 @@ LOOP_REPEAT, LOOP_STACK, LOOP_EXIT = Primitive("loop_repeat"), Primitive("loop_s
 BRANCH_IN, BRANCH_OUT = Primitive("branch_in"), Primitive("branch_out")
 AS_MADE = frozenset({LOOP_REPEAT, LOOP_STACK, LOOP_EXIT, BRANCH_IN, BRANCH_OUT})
 """What reads a value as it was made, never a view of it: at these edges the lowering moves it itself."""
+IN_PLACE = frozenset({LOOP_CONST, LOOP_CARRY, LOOP_SLICE, LOOP_REPEAT, LOOP_EXIT})
+"""What moves nothing: buffers of a loop that stay where they are, slices that whoever reads them takes."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,6 +60,8 @@ class Stage:
         state: pairs (input, output) that carry state of which this stage is the home.
         summed: values of the body that are combined over the microbatches before others read them, and how.
         sent: values that other stages read as they are made, not summed.
+        scatters: whether gradients are reduced and scattered over the stage's devices in every microbatch, so that
+            only shards are summed; else once, after the loop.
     """
 
     program: Program
@@ -67,6 +69,7 @@ class Stage:
     state: tuple[tuple[int, int], ...]
     summed: Mapping[Value, str]
     sent: frozenset[Value]
+    scatters: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,7 +333,7 @@ class _Cut:
         sent = frozenset(made & (abroad | set(step.slices.values()) | step.stacks.keys()) & self.maker.keys())
         results = {alias.get(v, v) for v in step.outputs if isinstance(v, Value)}
         summed = {alias[v] for v in abroad if v in alias}
-        return sent, {v for v in made & self.maker.keys() if v in sent | results | summed}
+        return sent, made & self.maker.keys() & (sent | results | summed)
 
     def _needed_free(self, mine: Mapping[Equation, Tag]) -> list[Equation]:
         """What the stage's equations read that depends on nothing; each stage makes its own copy."""

@@ -64,6 +64,10 @@ class LocalShard:
         axes = self.strategy.axes_of(factor)
         return lax.axis_index(axes) if axes else jax.numpy.int32(0)
 
+    def axes(self, factor: str) -> tuple[str, ...]:
+        """The axes that split ``factor``."""
+        return self.strategy.axes_of(factor)
+
     def offset(self, dim: int, result: int = 0) -> Any:
         """Where this device's block of dimension ``dim`` of a result starts in the whole (traced int32)."""
         return self._start(self.rule.results[result][dim])

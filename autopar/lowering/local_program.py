@@ -14,7 +14,7 @@ from autopar.ir.regions import LOOP_CARRY, LOOP_CONST, LOOP_SLICE, ScanParts
 from autopar.plan import Plan, View
 from autopar.sharding.factors import ShardingRule
 from autopar.sharding.lookup import RuleBook
-from autopar.sharding.reshard import CommunicationCost, Resharding, follow, plan_reshard
+from autopar.sharding.reshard import NOTHING, CommunicationCost, Resharding, follow, plan_reshard, sent_inside
 from autopar.sharding.strategies import Split, Strategy
 from autopar.spec import Spec
 
@@ -64,7 +64,7 @@ class Move:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Runs one equation on local operands, once the slot ``after`` is there where it is set."""
+    """Runs one equation on local operands, once the slot ``after`` is there where it is set; ``sent``: inside it."""
 
     equation: Equation
     rule: ShardingRule
@@ -72,6 +72,7 @@ class Run:
     inputs: tuple[Operand, ...]
     outputs: tuple[Slot, ...]
     after: Slot | None = None
+    sent: Resharding = NOTHING
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +243,8 @@ class _Builder:
     def _run(self, eqn: Equation, strategy: Strategy) -> tuple[Slot, ...]:
         inputs = self._operands(eqn, strategy.inputs)
         outputs = tuple(Slot(value, spec) for value, spec in zip(eqn.outputs, strategy.outputs, strict=True))
-        self.instructions.append(Run(eqn, self.rules.rule(eqn), strategy, inputs, outputs))
+        sent = sent_inside(eqn, strategy, self.cost)
+        self.instructions.append(Run(eqn, self.rules.rule(eqn), strategy, inputs, outputs, sent=sent))
         for slot in outputs:
             self.slots.setdefault(slot.value, slot)
         return outputs

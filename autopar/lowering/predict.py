@@ -11,6 +11,7 @@ from autopar.cost.on_chip import Stay, chip_of, placed_on_chip
 from autopar.lowering.local_program import Barrier, Branch, Instruction, LocalProgram, Loop, Move, Run, Slot, reads
 from autopar.lowering.turns import PRODUCTS, at_leisure, in_turn
 from autopar.plan import Collective
+from autopar.sharding.moves import Step
 
 PACKING = 1.1
 """What the TPU compiler's heap of temporaries takes for each byte that is in use at its peak, for the flags of
@@ -64,19 +65,31 @@ def collectives(local: LocalProgram) -> tuple[Collective, ...]:
     """The collectives of one step, summed by kind and axes, most bytes first."""
     totals: dict[tuple[str, tuple[str, ...]], list[float]] = {}
     for instruction, times in walk(local):
-        if isinstance(instruction, Move):
-            for step in instruction.resharding.steps:
-                if step.nbytes:
-                    total = totals.setdefault((step.kind, step.axes), [0.0, 0])
-                    total[0] += step.nbytes * times
-                    total[1] += times
+        for step in steps_of(instruction):
+            if step.nbytes:
+                total = totals.setdefault((step.kind, step.axes), [0.0, 0])
+                total[0] += step.nbytes * times
+                total[1] += times
     found = [Collective(kind, axes, nbytes, int(n)) for (kind, axes), (nbytes, n) in totals.items()]
     return tuple(sorted(found, key=lambda c: -c.nbytes))
 
 
+def steps_of(instruction: Instruction) -> tuple[Step, ...]:
+    """The moves of a resharding, or the collectives inside an equation."""
+    if isinstance(instruction, Move):
+        return instruction.resharding.steps
+    return instruction.sent.steps if isinstance(instruction, Run) else ()
+
+
 def communication_s(local: LocalProgram) -> float:
-    """Seconds of all reshardings, one after another."""
-    return sum(i.resharding.cost_s * times for i, times in walk(local) if isinstance(i, Move))
+    """Seconds of all reshardings and of the collectives inside equations, one after another."""
+    moved_s = sum(i.resharding.cost_s * times for i, times in walk(local) if isinstance(i, Move))
+    return moved_s + inside_s(local)
+
+
+def inside_s(local: LocalProgram) -> float:
+    """Seconds of the collectives inside equations, which the planner counts to the equations."""
+    return sum(i.sent.cost_s * times for i, times in walk(local) if isinstance(i, Run))
 
 
 def flops(local: LocalProgram, primitives: Collection[str] | None = None) -> float:

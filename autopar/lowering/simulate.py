@@ -85,6 +85,11 @@ def _duration_s(instruction: Instruction, seconds: Mapping[str, float], overlap:
     return 0.0
 
 
+def _sends(instruction: Instruction) -> bool:
+    """Whether an instruction takes the links."""
+    return isinstance(instruction, Move) or (isinstance(instruction, Run) and bool(instruction.sent.steps))
+
+
 Waiting = list[tuple[float, int]]
 """A heap of instructions by number, each with the time from which it can run."""
 
@@ -174,5 +179,5 @@ class _Clocks:
             self._issue(number)
 
     def _issue(self, number: int) -> None:
-        waiting = self.to_send if isinstance(self.instructions[number], Move) else self.to_compute
+        waiting = self.to_send if _sends(self.instructions[number]) else self.to_compute
         heapq.heappush(waiting, (self.ready_s[number], number))

@@ -1,7 +1,7 @@
 """Plans as JSON text and back."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,14 +13,28 @@ from autopar.spec import Spec
 
 def encode(plan: Plan) -> str:
     """The plan as JSON text."""
-    return json.dumps(_encode(plan), indent=1)
+    return json.dumps(encoded(plan), indent=1)
 
 
 def decode(text: str, source: str) -> Plan:
     """The plan that a JSON text holds; ``source`` names the text in errors.
 
     Raises:
-        PlanError: not JSON, not a plan, or of another version.
+        PlanError: not JSON, not a plan, of another version, or the plan of a pipeline.
+    """
+    return read(text, source, {"": decoded})
+
+
+def read(text: str, source: str, decoders: Mapping[str, Callable[[Mapping[str, Any]], Any]]) -> Any:
+    """What a JSON text holds, read by the decoder of its kind.
+
+    Args:
+        text: of the file.
+        source: names it in errors.
+        decoders: by kind of plan; the plan for one mesh has none.
+
+    Raises:
+        PlanError: not JSON, not a plan, of another version, or of another kind.
     """
     try:
         data = json.loads(text)
@@ -34,8 +48,13 @@ def decode(text: str, source: str) -> Plan:
             f"{source} has version {version}, this autopar reads version {VERSION}",
             fix="plan again with autopar plan",
         )
+    kind = data.get("kind", "")
+    if kind not in decoders:
+        raise PlanError(
+            f"{source} is the plan of a {kind or 'single mesh'}", fix="read plans of any kind with autopar.load_plan"
+        )
     try:
-        return _decode_plan(data)
+        return decoders[kind](data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"{source} is damaged: {error!r}", fix="plan again with autopar plan") from error
 
@@ -49,7 +68,8 @@ def _decode_spec(data: Mapping[str, Any]) -> Spec:
     return Spec(tuple(tuple(dim) for dim in data["dims"]), frozenset(data.get("partial", ())))
 
 
-def _encode(plan: Plan) -> dict[str, Any]:
+def encoded(plan: Plan) -> dict[str, Any]:
+    """The plan as what JSON knows."""
     return {
         "version": plan.version,
         "fingerprint": plan.fingerprint,
@@ -81,12 +101,15 @@ def _encode(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _decode_splitting(data: Mapping[str, Any]) -> Splitting:
+def decoded_splitting(data: Mapping[str, Any]) -> Splitting:
+    """Microbatches and chunks; plans of the time before them have none."""
     chunk = tuple((pattern, dim, count) for pattern, dim, count in data.get("chunk", ()))
-    return Splitting(data.get("microbatches", 1), chunk, data.get("batch", ""), tuple(data.get("allow", ())))
+    numbers = {name: data[name] for name in ("microbatches", "stages", "rounds") if name in data}
+    return Splitting(chunk=chunk, batch=data.get("batch", ""), allow=tuple(data.get("allow", ())), **numbers)
 
 
-def _decode_plan(data: Mapping[str, Any]) -> Plan:
+def decoded(data: Mapping[str, Any]) -> Plan:
+    """The plan that ``encoded`` wrote down."""
     prediction = dict(data["prediction"])
     collectives = [c | {"axes": tuple(c["axes"])} for c in prediction.pop("collectives")]
     solution = dict(data["solution"])
@@ -114,5 +137,5 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         preset=data["preset"],
         pins=tuple((pattern, spec) for pattern, spec in data["pins"]),
         provenance=data.get("provenance", {}),
-        splitting=_decode_splitting(data.get("splitting", {})),
+        splitting=decoded_splitting(data.get("splitting", {})),
     )

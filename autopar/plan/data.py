@@ -141,16 +141,21 @@ class Splitting:
 
     Attributes:
         microbatches: parts of the batch, one after the other; totals over the batch are exact.
-        chunk: (pattern, dimension, parts) of values that are never made whole.
+        chunk: (pattern, dimension, parts) of values that are never made whole; where the dimension is None, the first
+            is a dimension's own name.
         batch: pattern of the names of the arguments that have the batch as dimension 0; empty to guess.
         allow: "recompute", to run layers again for a value of the whole batch; "ghost_batch_norm", to take statistics
             that layers need from each microbatch.
+        stages: of the pipelines that scans over layers become; 1 for none. Only they then run in microbatches.
+        rounds: how often a microbatch goes through all stages: 1 is GPipe order, more the circular one.
     """
 
     microbatches: int = 1
-    chunk: tuple[tuple[str, int, int], ...] = ()
+    chunk: tuple[tuple[str, int | None, int], ...] = ()
     batch: str = ""
     allow: tuple[str, ...] = ()
+    stages: int = 1
+    rounds: int = 1
 
 
 @dataclass(frozen=True)

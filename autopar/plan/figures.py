@@ -185,7 +185,12 @@ def restrictions(plan: Plan) -> list[str]:
     found = [f"preset {plan.preset}"] if plan.preset else []
     found += [f"pin {pattern}={spec}" for pattern, spec in plan.pins]
     found += [f"{plan.microbatches} microbatches"] if plan.microbatches > 1 else []
-    found += [f"{name}[{dim}] in {count} parts" for name, dim, count in plan.splitting.chunk]
+    if plan.splitting.stages > 1:
+        rounds = f", {plan.splitting.rounds} rounds" if plan.splitting.rounds > 1 else ""
+        found.append(f"pipeline of {plan.splitting.stages} stages{rounds}")
+    found += [
+        f"{name if dim is None else f'{name}[{dim}]'} in {count} parts" for name, dim, count in plan.splitting.chunk
+    ]
     return found + [f"allow {name}" for name in plan.splitting.allow]
 
 

@@ -96,7 +96,7 @@ def _bar(title: str, shares: dict[str, tuple[float, str]]) -> str:
     return f'<h4>{escape(title)}</h4><div class="bar">{"".join(pieces)}</div><div>{"".join(key)}</div>'
 
 
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns whose names start with ``#`` hold numbers; cells are HTML."""
     classes = [' class="n"' if name.startswith("#") else "" for name in columns]
     heads = zip(columns, classes, strict=True)
@@ -110,11 +110,11 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
 def _arguments(plan: Plan) -> str:
     shown, alike = argument_rows(plan)
     columns = ("name", "#count", "type", "spec", "#a device")
-    first = _table("arguments", columns, (_cells(plan, row) for row in shown))
+    first = table_of("arguments", columns, (_cells(plan, row) for row in shown))
     if not alike:
         return first
     count = sum(row.count for row in alike)
-    rest = _table("", columns, (_cells(plan, row) for row in alike))
+    rest = table_of("", columns, (_cells(plan, row) for row in alike))
     summary = f"{count} arrays of optimizer state that lie as their parameters"
     return f"{first}<details><summary>{summary}</summary>{rest}</details>"
 
@@ -136,4 +136,4 @@ def _collectives(plan: Plan) -> str:
     if not rows:
         return "<h4>nothing is sent</h4>"
     cells = ((row.kind, escape(row.axes), str(row.count), nbytes(row.nbytes)) for row in rows)
-    return _table("collectives of a step", ("kind", "axes", "#count", "#sent by a device"), cells)
+    return table_of("collectives of a step", ("kind", "axes", "#count", "#sent by a device"), cells)

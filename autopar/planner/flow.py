@@ -92,6 +92,17 @@ def flow_of(graph: Graph) -> Flow:
     return _labelled(graph, dimensions, labels)
 
 
+def stages_of(graph: Graph) -> tuple[frozenset[str], ...]:
+    """For every equation, the factors that are the stages of a pipeline: the dimension that a shift moves along."""
+    dimensions = _Dimensions(graph)
+    shifts = [eqn for eqn in graph.program.equations if eqn.primitive.name == "stage_shift"]
+    roots = {dimensions.of(eqn.outputs[0], 0) for eqn in shifts}
+    return tuple(
+        frozenset(name for name, root in dimensions.factors(position).items() if root in roots)
+        for position in range(len(graph.program.equations))
+    )
+
+
 class _Dimensions:
     """Union-find over the dimensions of all values."""
 

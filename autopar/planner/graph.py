@@ -16,9 +16,11 @@ import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from autopar.cost import fusible
-from autopar.ir.program import Equation, Program, Value
-from autopar.ir.regions import AS_MADE, LOOP_CARRY, LOOP_EXIT, FlatProgram, flatten_regions
+from autopar.ir.program import Constant, Equation, Program, Value
+from autopar.ir.regions import AS_MADE, LOOP_CARRY, LOOP_EXIT, LOOP_STACK, FlatProgram, flatten_regions
 from autopar.planner.linear import useful_linear_groups
 from autopar.sharding.factors import ShardingRule, letters
 from autopar.sharding.lookup import RuleBook
@@ -247,20 +249,38 @@ class _Builder:
         for position, eqn in enumerate(self.eqns):
             rule = self.rules[position]
             size = math.prod(eqn.outputs[0].shape) if eqn.outputs else 1  # a transpose carries too
-            full = {
+            full = self._masked_term(eqn) or {
                 k: atom
                 for k, atom in enumerate(eqn.inputs)
-                if isinstance(atom, Value) and math.prod(atom.shape) == size
+                if isinstance(atom, Value) and (math.prod(atom.shape) == size or eqn.primitive is LOOP_STACK)
             }
             carries = any(set(full) == set(group) for group in rule.linear if group)
             carries = carries and all(
-                len(self._readers(value)) == 1 and value in self.producer and capable[self.producer[value]]
+                self._is_zero(value)
+                or (len(self._readers(value)) == 1 and value in self.producer and capable[self.producer[value]])
                 for value in full.values()
             )
             carries = carries or (eqn.primitive is LOOP_CARRY and any(rule.linear))
             carrier.append(carries)
             capable.append(carries or (rule.monoid == "sum" and bool(rule.reduce)))
         return tuple(carrier)
+
+    def _masked_term(self, eqn: Equation) -> dict[int, Value]:
+        """What is chosen from by a flag (and what is repeated for it), if a loop then adds it to its total."""
+        name = eqn.primitive.name
+        readers = self._readers(eqn.outputs[0]) if name in ("select_n", "broadcast_in_dim") else []
+        if len(readers) != 1:
+            return {}
+        if name == "broadcast_in_dim":
+            return dict(enumerate(eqn.operands)) if self._masked_term(readers[0]) else {}
+        added = readers[0].outputs[0] in self.totals.values()
+        return {k: atom for k, atom in enumerate(eqn.inputs) if k and added and isinstance(atom, Value)}
+
+    def _is_zero(self, value: Value) -> bool:
+        """Whether a value is known to be made of zeros."""
+        if not self._is_free(value) or (eqn := self.eqns[self.producer[value]]).primitive.name != "broadcast_in_dim":
+            return False
+        return isinstance(eqn.inputs[0], Constant) and not np.any(eqn.inputs[0].value)
 
     # -- groups
 

@@ -10,6 +10,7 @@ from autopar.errors import PinError, PresetError
 from autopar.ir.program import Value
 from autopar.planner.graph import Graph, Unit
 from autopar.planner.intra import Formulator
+from autopar.planner.piping import staged
 from autopar.planner.presets import PRESETS
 from autopar.planner.space import Space
 from autopar.spec import Spec, canonical
@@ -36,6 +37,9 @@ def restrict(graph: Graph, formulator: Formulator, preset: str, pins: Sequence[t
         if preset not in PRESETS:
             raise PresetError(f"unknown preset '{preset}'", fix=f"choose one of {', '.join(sorted(PRESETS))}")
         masks = dict(PRESETS[preset](graph, formulator.space))
+    for unit, mask in staged(graph, formulator.space).items():
+        both = mask & masks.get(unit, mask)
+        masks[unit] = both if both.any() else mask
     for pattern, text in pins:
         _pin(masks, graph, formulator.space, pattern, text)
     return masks

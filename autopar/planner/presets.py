@@ -8,6 +8,7 @@ from autopar.errors import PresetError
 from autopar.ir.program import Value
 from autopar.planner.flow import Flow, flow_of
 from autopar.planner.graph import HEAVY, Graph, Unit
+from autopar.planner.piping import PIPE
 from autopar.planner.space import Space
 from autopar.sharding.strategies import Split
 
@@ -18,6 +19,11 @@ Row = dict[str, Split]
 
 PRODUCTS = (*HEAVY, "gather", "scatter-add")
 """Equations that meet a weight matrix: contractions, and lookups in a table and their gradients."""
+
+
+def _axes(space: Space) -> tuple[str, ...]:
+    """The axes that presets speak of: all but the one that holds the stages of pipelines."""
+    return tuple(name for name in space.mesh.names if name != PIPE) or space.mesh.names
 
 
 class _Draft:
@@ -110,17 +116,17 @@ def _any(value: Value, flow: Flow) -> bool:
 def dp(graph: Graph, space: Space) -> Masks:
     """Data parallelism: the batch on every axis, everything else replicated (PyTorch DDP, Li et al. 2020)."""
     draft = _Draft(graph, space)
-    draft.batch_on(draft.touching, space.mesh.names)
-    draft.whole(draft.apart, space.mesh.names)
+    draft.batch_on(draft.touching, _axes(space))
+    draft.whole(draft.apart, _axes(space))
     return draft.masks
 
 
 def _sharded_update(graph: Graph, space: Space) -> _Draft:
     """The batch on every axis, parameters whole, the optimizer's state in as many pieces as there are devices."""
     draft = _Draft(graph, space)
-    draft.batch_on(draft.touching, space.mesh.names)
-    draft.whole(draft.state(_parameter), space.mesh.names)
-    draft.split(draft.state(_moment), space.mesh.names)
+    draft.batch_on(draft.touching, _axes(space))
+    draft.whole(draft.state(_parameter), _axes(space))
+    draft.split(draft.state(_moment), _axes(space))
     return draft
 
 
@@ -134,27 +140,27 @@ def zero2(graph: Graph, space: Space) -> Masks:
     draft = _sharded_update(graph, space)
     shapes = {unit.shape for unit in draft.state(_parameter)}
     updates = [unit for unit in draft.apart if unit.kind == "cluster" and unit.shape in shapes]
-    draft.split(updates, space.mesh.names)
+    draft.split(updates, _axes(space))
     return draft.masks
 
 
 def zero3(graph: Graph, space: Space) -> Masks:
     """ZeRO stage 3, FSDP (Zhao et al. 2023): parameters sharded too, gathered where they are used."""
     draft = _Draft(graph, space)
-    draft.batch_on(draft.touching, space.mesh.names)
-    draft.split(draft.state(_any), space.mesh.names)
+    draft.batch_on(draft.touching, _axes(space))
+    draft.split(draft.state(_any), _axes(space))
     return draft.masks
 
 
 def _model_axis(space: Space, name: str) -> str:
     """The axis called ``name``, else the last of several axes (a mesh of one axis has no room for another)."""
-    return name if name in space.mesh.names else space.mesh.names[-1]
+    return name if name in _axes(space) else _axes(space)[-1]
 
 
 def _tensor_parallel(graph: Graph, space: Space) -> tuple[_Draft, str]:
     """What both forms of Megatron share: ``tensor`` splits every matrix, but not along the residual stream."""
     tensor = _model_axis(space, "tensor")
-    data = tuple(axis for axis in space.mesh.names if axis != tensor)
+    data = tuple(axis for axis in _axes(space) if axis != tensor)
     draft = _Draft(graph, space)
     draft.refuse(draft.touching, (tensor,), ("batch", "stream"))
     draft.refuse(draft.products, (tensor,), ("seq",))
@@ -191,14 +197,14 @@ def tp2d(graph: Graph, space: Space) -> Masks:
     Raises:
         PresetError: the mesh has fewer than two axes.
     """
-    if len(space.mesh.names) < 2:
+    if len(_axes(space)) < 2:
         raise PresetError("preset tp2d needs a mesh of two axes", where=f"mesh {space.mesh}", fix="use data=2,tensor=4")
     tensor = _model_axis(space, "tensor")
-    rows = tuple(axis for axis in space.mesh.names if axis != tensor)
+    rows = tuple(axis for axis in _axes(space) if axis != tensor)
     draft = _Draft(graph, space)
     draft.refuse(draft.touching, (tensor,), ("batch", "seq"))
     draft.batch_on(draft.touching, rows)
-    draft.split([unit for unit in draft.state(_any) if len(unit.shape) > 1], space.mesh.names)
+    draft.split([unit for unit in draft.state(_any) if len(unit.shape) > 1], _axes(space))
     return draft.masks
 
 
@@ -212,20 +218,20 @@ def gshard(graph: Graph, space: Space) -> Masks:
     if not draft.flow.experts:
         raise PresetError("preset gshard needs expert weights, the step has none", fix="use it on a mixture of experts")
     expert = _model_axis(space, "expert")
-    rest = tuple(axis for axis in space.mesh.names if axis != expert)
+    rest = tuple(axis for axis in _axes(space) if axis != expert)
     experts = {graph.inputs[value] for value in draft.flow.experts}
     inside = [unit for unit in draft.touching if draft.flow.one_per_expert(graph, unit)]
     draft.split(inside, (expert,), "expert")
     draft.batch_on(inside, rest)
     between = _neighbours(draft, inside)  # the activation function, in the layout of the products around it
-    draft.batch_on([unit for unit in draft.touching if unit not in between], space.mesh.names)
+    draft.batch_on([unit for unit in draft.touching if unit not in between], _axes(space))
     draft.batch_on(between, rest)
     draft.split(experts, (expert,), "expert")
-    draft.refuse(draft.apart, space.mesh.names, ("stream", "seq", "other"))
+    draft.refuse(draft.apart, _axes(space), ("stream", "seq", "other"))
     draft.refuse(draft.apart, rest, ("expert",))
     shapes = {unit.shape for unit in experts}
-    draft.whole([u for u in draft.apart if u.kind == "cluster" and u.shape not in shapes], space.mesh.names)
-    draft.whole([unit for unit in draft.state(_parameter) if unit not in experts], space.mesh.names)
+    draft.whole([u for u in draft.apart if u.kind == "cluster" and u.shape not in shapes], _axes(space))
+    draft.whole([unit for unit in draft.state(_parameter) if unit not in experts], _axes(space))
     return draft.masks
 
 

@@ -9,8 +9,10 @@ from autopar.cost.liveness import kept_values, read_by_products
 from autopar.cost.measured import HEAVY, MeasuredCost, local_call
 from autopar.cost.model import LocalCall
 from autopar.ir.program import Equation, Value
+from autopar.ir.regions import IN_PLACE, LOOP_STACK
 from autopar.planner.graph import Graph, Group, Unit
 from autopar.planner.space import Port, Space
+from autopar.sharding.reshard import sent_inside
 from autopar.sharding.strategies import Strategy
 
 
@@ -115,8 +117,14 @@ class Pricing:
         return found
 
     def _in_memory(self, eqn: Equation, k: int) -> bool:
+        """Whether the equation moves its k-th operand (or result, after those) through memory.
+
+        Stacked results of a loop are written where they are made; once more the stack is filled with zeros before the
+        loop, a slice's bytes for each iteration (seen in libtpu 0.0.52's schedule of a scan over layers).
+        """
         atom = (*eqn.inputs, *eqn.outputs)[k]
-        return isinstance(atom, Value) and atom in self.materialised
+        moves = k == 0 if eqn.primitive is LOOP_STACK else eqn.primitive not in IN_PLACE
+        return moves and isinstance(atom, Value) and atom in self.materialised
 
     def _work(self, unit: Unit, eqn: Equation, touched: tuple[bool, ...]) -> np.ndarray:
         chosen = self.space.strategies(self.graph.rules[unit.position])
@@ -130,7 +138,11 @@ class Pricing:
         name = eqn.primitive.name
         calls = self._calls(eqn, chosen)
         works = [Work(name, f, b, dtype, c) for f, b, c in zip(flops, nbytes, calls, strict=True)]
-        return np.array([self.cost.compute_s(work) for work in works])
+        return np.array([self.cost.compute_s(work) for work in works]) + self._sent_s(eqn, chosen)
+
+    def _sent_s(self, eqn: Equation, chosen: tuple[Strategy, ...]) -> np.ndarray:
+        """Seconds of the collectives inside an equation, by strategy."""
+        return np.array([sent_inside(eqn, strategy, self.cost).cost_s for strategy in chosen])
 
     def _calls(self, eqn: Equation, chosen: tuple[Strategy, ...]) -> list[LocalCall | None]:
         """The equation at the shapes of every strategy, for a cost model that times it."""

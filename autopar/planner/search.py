@@ -17,12 +17,39 @@ from autopar.planner.decide import Decisions
 from autopar.planner.graph import Graph, Unit, build_graph
 from autopar.planner.intra import Formulation, Formulator
 from autopar.sharding.lookup import RuleBook, has_rule
-from autopar.solver import Choice, NoChoiceError, Progress, solve
+from autopar.solver import Choice, NoChoiceError, Problem, Progress, solve
 
 UNKNOWN = Prediction(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, ())
 
 Masks = Mapping[Unit, np.ndarray]
 """Which choices of which units stay allowed."""
+
+
+class Solved:
+    """Choices of the problems solved so far: stages that are alike pose the same one."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Problem, float, Choice]] = []
+
+    def find(self, problem: Problem, relative_gap: float) -> Choice | None:
+        """The choice of an equal problem without memory rows, found within the same gap."""
+        for known, gap, choice in self._known:
+            if gap == relative_gap and _equal(known, problem):
+                return choice
+        return None
+
+    def add(self, problem: Problem, relative_gap: float, choice: Choice) -> None:
+        """Keeps a choice."""
+        if problem.limit is None:
+            self._known.append((problem, relative_gap, choice))
+
+
+def _equal(one: Problem, other: Problem) -> bool:
+    if (len(one.nodes), len(one.edges), one.limit) != (len(other.nodes), len(other.edges), other.limit):
+        return False
+    nodes = all(map(np.array_equal, one.nodes, other.nodes))
+    pairs = zip(one.edges, other.edges, strict=True)
+    return nodes and all(a[:2] == b[:2] and np.array_equal(a[2], b[2]) for a, b in pairs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +63,7 @@ class Prepared:
         fingerprint: of the program.
         build_s: seconds spent so far.
         rules: the rules looked up so far, for the lowering of one plan after another.
+        solved: the problems solved so far.
     """
 
     traced: Traced
@@ -44,6 +72,7 @@ class Prepared:
     fingerprint: str
     build_s: float
     rules: RuleBook = field(default_factory=RuleBook)
+    solved: Solved = field(default_factory=Solved)
 
 
 @dataclass(frozen=True)
@@ -101,7 +130,7 @@ def search(prepared: Prepared, limits: Limits, masks: Masks | None = None) -> tu
     formulation = prepared.formulator.formulate(limits.memory_bytes, masks)
     built = time.process_time()
     try:
-        choice = solve(
+        choice = prepared.solved.find(formulation.problem, limits.relative_gap) or solve(
             formulation.problem,
             seconds=limits.seconds,
             relative_gap=limits.relative_gap,
@@ -109,6 +138,7 @@ def search(prepared: Prepared, limits: Limits, masks: Masks | None = None) -> tu
         )
     except NoChoiceError as error:
         raise _explained(error, limits) from error
+    prepared.solved.add(formulation.problem, limits.relative_gap, choice)
     plan = _plan(prepared, formulation, choice)
     seconds = (prepared.build_s + built - start, time.process_time() - built)
     return plan_with_times(plan, *seconds), formulation, choice

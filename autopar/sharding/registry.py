@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from autopar.sharding.factors import ShardingRule
+from autopar.sharding.moves import Step
+from autopar.spec import Sizes
 
 RuleFunction = Callable[..., ShardingRule | None]
 
@@ -37,6 +39,10 @@ class Shard(Protocol):
 
     def index(self, factor: str) -> Any:
         """Which part of ``factor`` this device computes: a traced int32 scalar, 0 where it is not split."""
+        ...
+
+    def axes(self, factor: str) -> tuple[str, ...]:
+        """The mesh axes over which the parts of ``factor`` lie, major first; collectives may name them."""
         ...
 
     def offset(self, dim: int, result: int = 0) -> Any:
@@ -64,6 +70,11 @@ LocalFunction = Callable[..., Sequence[Any]]
 SHARDING_RULES: dict[str, RuleFunction] = {}
 LOCAL_RULES: dict[str, LocalFunction] = {}
 
+CollectiveFunction = Callable[[Any, Any, Sizes], tuple[Step, ...]]
+"""The collectives in the local rule of a primitive, of its first result's aval, strategy and mesh."""
+
+COLLECTIVES: dict[str, CollectiveFunction] = {}
+
 
 def sharding_rule(*primitives: str) -> Callable[[RuleFunction], RuleFunction]:
     """Declares the sharding rule of the named primitives."""
@@ -80,6 +91,16 @@ def local_rule(*primitives: str) -> Callable[[LocalFunction], LocalFunction]:
 
     def register(function: LocalFunction) -> LocalFunction:
         LOCAL_RULES.update(dict.fromkeys(primitives, function))
+        return function
+
+    return register
+
+
+def collectives(*primitives: str) -> Callable[[CollectiveFunction], CollectiveFunction]:
+    """Declares what the local rule of the named primitives sends; that of all others sends nothing."""
+
+    def register(function: CollectiveFunction) -> CollectiveFunction:
+        COLLECTIVES.update(dict.fromkeys(primitives, function))
         return function
 
     return register

@@ -17,10 +17,22 @@ import numpy as np
 
 from autopar.cluster import Mesh
 from autopar.errors import SpecError
+from autopar.ir.program import Equation
 from autopar.sharding.moves import FREE_KINDS, Axes, Step, spec_graph
+from autopar.sharding.registry import COLLECTIVES
+from autopar.sharding.strategies import Strategy
 from autopar.spec import Spec
 
-__all__ = ["CommunicationCost", "Resharding", "Step", "follow", "plan_reshard", "reshard_matrix"]
+__all__ = [
+    "NOTHING",
+    "CommunicationCost",
+    "Resharding",
+    "Step",
+    "follow",
+    "plan_reshard",
+    "reshard_matrix",
+    "sent_inside",
+]
 
 MOVE_S = 1e-12
 """Seconds added to every move, so that of equally priced reshardings the one with fewer moves wins."""
@@ -61,6 +73,19 @@ class Resharding:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.steps)) or ("nothing" if math.isfinite(self.cost_s) else "inadmissible")
+
+
+NOTHING = Resharding((), 0.0, (), "sum")
+"""What sends nothing."""
+
+
+def sent_inside(eqn: Equation, strategy: Strategy, cost: CommunicationCost) -> Resharding:
+    """The collectives in the local rule of an equation, and their seconds."""
+    function = COLLECTIVES.get(eqn.primitive.name)
+    if function is None:
+        return NOTHING
+    steps = function(eqn.outputs[0], strategy, cost.mesh.sizes)
+    return Resharding(steps, sum(cost.collective_s(step.kind, step.nbytes, step.axes) for step in steps), (), "sum")
 
 
 def plan_reshard(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from autopar.solver.clock import Budget
-from autopar.solver.milp import ROUNDING, Polytope, polytope, solve_polytope, violated_rows
+from autopar.solver.milp import ROUNDING, Imposed, Polytope, polytope, solve_polytope, violated_rows
 from autopar.solver.presolve import simplify
 from autopar.solver.problem import NoChoiceError, Problem
 from autopar.solver.rows import Rows, rows_of
@@ -16,9 +17,6 @@ from autopar.solver.tables import Tables
 
 # A share this close to 0 or 1 is whole.
 WHOLE = 1e-6
-# HiGHS lets a row be violated by 1e-6 of its scale; a choice that makes use of it meets this tighter limit
-# instead.
-TIGHTER = 4e-9
 ROUNDS = 60
 
 
@@ -35,13 +33,19 @@ class Outcome:
     bound: float
 
 
-@dataclass
-class _Program:
-    """A polytope with its growing list of memory rows, and when to stop."""
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A polytope with its memory rows, of which those found violated are imposed; None for none."""
 
     poly: Polytope
-    rows: Rows | None
-    listed: list[int]
+    memory: Imposed | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """A program to solve, and when to stop."""
+
+    program: Program
     budget: Budget
     gap: float
 
@@ -67,80 +71,94 @@ def integer_program(
         reduced, lift = simplify(problem, tables)
     except NoChoiceError:
         return Outcome(None, math.inf)
-    rows = rows_of(reduced) if reduced.limit is not None else None
-    program = _Program(polytope(reduced), rows, [], budget, gap)
-    shares, bound = _relax(program, cutoff)
+    program = Program(polytope(reduced), None if reduced.limit is None else Imposed(rows_of(reduced), [], []))
+    outcome = solve_program(program, budget, cutoff=cutoff, gap=gap)
+    return outcome if outcome.strategies is None else Outcome(lift(outcome.strategies), outcome.bound)
+
+
+def solve_program(program: Program, budget: Budget, *, cutoff: float = math.inf, gap: float = 0.0) -> Outcome:
+    """``integer_program`` without any reduction."""
+    task = _Task(program, budget, gap)
+    shares, bound = _relax(task, cutoff)
     if bound >= cutoff or shares is None:
         return Outcome(None, bound)
     chosen = _whole(program, shares)
     if chosen is None:
-        chosen, bound = _branch(program, bound)
-    return Outcome(None if chosen is None else lift(chosen), bound)
+        chosen, bound = _branch(task, bound)
+    return Outcome(chosen, bound)
 
 
-def _relax(program: _Program, cutoff: float) -> tuple[np.ndarray | None, float]:
+def _relax(task: _Task, cutoff: float) -> tuple[np.ndarray | None, float]:
     """The linear relaxation over all rows: ``(shares, bound)``."""
-    bound = -math.inf
+    poly, memory, bound = task.program.poly, task.program.memory, -math.inf
     for _ in range(ROUNDS):
-        if program.budget.remaining() <= 0.0:
+        if task.budget.remaining() <= 0.0:
             return None, bound
-        answer = solve_polytope(program.poly, _memory(program), program.budget, integral=False)
+        answer = solve_polytope(poly, memory, task.budget, integral=False)
         bound = max(bound, answer.bound)
         if answer.values is None or not answer.finished or bound >= cutoff:
             return None, bound
-        if program.rows is None:
+        if memory is None:
             return answer.values, bound
-        usage = program.rows.expected(answer.values, program.poly.first)
-        more = violated_rows(usage, program.rows.limit, program.listed, 1e-7)
+        usage = memory.rows.expected(answer.values, poly.first)
+        more = violated_rows(usage, memory.rows.limit, memory.listed, 1e-7)
         if not more:
             return answer.values, bound
-        program.listed += more
+        memory.listed.extend(more)
     return None, bound
 
 
-def _branch(program: _Program, bound: float) -> tuple[list[int] | None, float]:
+def _branch(task: _Task, bound: float) -> tuple[list[int] | None, float]:
     """The integer program over all rows: ``(choice, bound)``."""
-    tighten = 0.0
+    poly, memory = task.program.poly, task.program.memory
     for _ in range(ROUNDS):
-        if program.budget.remaining() <= 0.0:
+        if task.budget.remaining() <= 0.0:
             return None, bound
-        memory = _memory(program, tighten)
-        answer = solve_polytope(program.poly, memory, program.budget, integral=True, gap=program.gap)
-        if not tighten:
-            bound = max(bound, answer.bound)
+        answer = solve_polytope(poly, memory, task.budget, integral=True, gap=task.gap)
+        bound = max(bound, answer.bound)
         if answer.values is None:
             return None, bound
-        chosen = _rounded(program, answer.values)
-        if program.rows is None:
+        chosen = _rounded(poly, answer.values)
+        if memory is None:
             return chosen, bound
-        usage = program.rows.usage(chosen)
-        if usage.max(initial=0.0) <= program.rows.limit * (1 + ROUNDING):
+        usage = memory.rows.usage(chosen)
+        if usage.max(initial=0.0) <= memory.rows.limit * (1 + ROUNDING):
             return chosen, bound
-        more = violated_rows(usage, program.rows.limit, program.listed, ROUNDING)
-        if not more and tighten:
-            return None, bound
-        tighten = tighten if more else TIGHTER
-        program.listed += more
+        more = violated_rows(usage, memory.rows.limit, memory.listed, ROUNDING)
+        memory.listed.extend(more)
+        if not more:
+            # HiGHS lets a row be violated by 1e-6 of its scale.
+            memory.covers.append(cover(poly, memory.rows, chosen, int(usage.argmax())))
     return None, bound
 
 
-def _memory(program: _Program, tighten: float = 0.0) -> tuple[Rows, list[int], float] | None:
-    return None if program.rows is None else (program.rows, program.listed, tighten)
+def cover(poly: Polytope, rows: Rows, chosen: Sequence[int], row: int) -> tuple[np.ndarray, int]:
+    """Why a choice passes a row: ``(variables, most)``, of which too many are chosen.
+
+    If every node that is not at its least there takes as much or more, the row is passed whatever the others take
+    (an extended cover, Balas 1975).
+    """
+    counts = np.diff(np.append(rows.offset, len(rows.flat)))
+    live: dict[int, np.ndarray] = {}
+    for entry in np.flatnonzero((rows.lo <= row) & (row < rows.hi)).tolist():
+        start, node = rows.offset[entry], int(rows.node[entry])
+        live[node] = live.get(node, 0.0) + rows.flat[start : start + counts[entry]]
+    above = {node: sizes for node, sizes in live.items() if sizes[chosen[node]] > sizes.min()}
+    variables = [poly.first[node] + np.flatnonzero(sizes >= sizes[chosen[node]]) for node, sizes in above.items()]
+    return np.concatenate([np.zeros(0, np.int64), *variables]), len(above) - 1
 
 
-def _rounded(program: _Program, shares: np.ndarray) -> list[int]:
+def _rounded(poly: Polytope, shares: np.ndarray) -> list[int]:
     """The strategy with the largest share of each node."""
-    ends = np.append(program.poly.first[1:], program.poly.n_choice)
-    pairs = zip(program.poly.first, ends, strict=True)
-    return [int(np.argmax(shares[start:end])) for start, end in pairs]
+    ends = np.append(poly.first[1:], poly.n_choice)
+    return [int(np.argmax(shares[start:end])) for start, end in zip(poly.first, ends, strict=True)]
 
 
-def _whole(program: _Program, shares: np.ndarray) -> list[int] | None:
+def _whole(program: Program, shares: np.ndarray) -> list[int] | None:
     """The choice of an integral relaxation, None if it is fractional or breaks a row."""
     if (np.minimum(shares, 1.0 - shares) > WHOLE).any():
         return None
-    chosen = _rounded(program, shares)
-    rows = program.rows
-    if rows is not None and rows.usage(chosen).max(initial=0.0) > rows.limit * (1 + ROUNDING):
+    chosen, memory = _rounded(program.poly, shares), program.memory
+    if memory is not None and memory.rows.usage(chosen).max(initial=0.0) > memory.rows.limit * (1 + ROUNDING):
         return None
     return chosen

@@ -63,6 +63,14 @@ class Draft:
         """Number of strategies."""
         return self.tables[self.costs[node]].shape[0]
 
+    def sizes(self) -> list[int]:
+        """Number of strategies of each node; 1 where the node is gone."""
+        return [self.size(node) if alive else 1 for node, alive in enumerate(self.alive)]
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """The edges."""
+        return [(u, v) for u, near in enumerate(self.near) for v in near if u < v]
+
     def add_edge(self, u: int, v: int, table: int) -> None:
         """Add a matrix between two nodes to what is there."""
         if v in self.near[u]:

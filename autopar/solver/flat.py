@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from autopar.solver.compiled.sweeps import cost, decode, excess, price, sweep
 from autopar.solver.messages import BOUND_ROUNDING
 from autopar.solver.milp import ROUNDING, highest_cost
 from autopar.solver.part import Part
+from autopar.solver.problem import Problem
 
 # Prices start at this share of the first bound, spread over all rows; a step multiplies them by at most
 # exp(rate), and rates fall from the first to the last.
@@ -44,6 +46,7 @@ class Flat:
         self.messages, self.costs = np.zeros(self.graph.out[-1]), self.graph.costs.copy()
         self.bound, self.prices = -math.inf, np.zeros(len(self.memory.room))
         self.best: tuple[float, np.ndarray] | None = None
+        self._offering = threading.Lock()
         self.spare = ROUNDING * (part.problem.limit or 0.0)
         self.state = state_of(self.graph, self.memory, seed)
         self.stamp = 0
@@ -69,8 +72,8 @@ class Flat:
         decode(self.graph, self.costs, self.messages, chosen)
         return chosen, excess(self.memory, chosen)
 
-    def repaired(self, chosen: np.ndarray, over: np.ndarray) -> bool:
-        """Make a choice fit its rows, and improve it node by node; whether it is the best so far."""
+    def repaired(self, chosen: np.ndarray, over: np.ndarray) -> float:
+        """Make a choice fit its rows, and improve it node by node, into ``state``; its cost, ``inf`` if in vain."""
         graph, memory, state = self.graph, self.memory, self.state
         state.chosen[:] = chosen
         state.work[0] = 0
@@ -79,20 +82,20 @@ class Flat:
         if fits:
             polish(graph, memory, state, np.arange(len(chosen)), self._next(), self.spare)
         self.part.search.clock.work(int(state.work[0]))
-        return fits and self.offer(state.chosen)
+        return self.offer(state.chosen) if fits else math.inf
 
     def _next(self) -> int:
         self.stamp += 1
         self.state.count[0] = 0
         return self.stamp
 
-    def offer(self, chosen: np.ndarray) -> bool:
-        """Keep a choice that fits if it is the best so far; the part hears of it by ``flush``."""
+    def offer(self, chosen: np.ndarray) -> float:
+        """Keep a choice that fits if it is the best so far, of which the part hears by ``flush``; its cost."""
         value = float(cost(self.graph, chosen))
-        if self.best is not None and value >= self.best[0]:
-            return False
-        self.best = value, chosen.copy()
-        return True
+        with self._offering:
+            if self.best is None or value < self.best[0]:
+                self.best = value, chosen.copy()
+        return value
 
     def prune(self, room: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """What can be part of a choice that costs at most ``room`` more than the bound of the last sweep.
@@ -124,10 +127,41 @@ class Flat:
         low, high = self.graph.near[self.graph.twin[self.upward]], self.graph.near[self.upward]
         return list(zip(low.tolist(), high.tolist(), strict=True))
 
+    def take(self) -> None:
+        """Hear of the part's best choice."""
+        if self.part.best is not None:
+            self.offer(np.array(self.part.best, np.int64))
+
     def flush(self) -> None:
         """Offer the best choice to the part."""
-        if self.best is not None and self.best[0] < self.part.least:
-            self.part.offer(self.best[1].tolist())
+        best = self.best
+        if best is not None and best[0] < self.part.least:
+            self.part.offer(best[1].tolist())
+
+
+class Unlimited:
+    """``Messages`` of a part without its memory rows."""
+
+    def __init__(self, part: Part) -> None:
+        free = Problem(part.problem.nodes, part.problem.edges, (), 0.0)
+        self._flat = Flat(Part(part.search, free, part.lift, part.quantum), part.search.seed)
+
+    @property
+    def ends(self) -> list[tuple[int, int]]:
+        """The edges."""
+        return self._flat.ends
+
+    def sweep(self) -> float:
+        """One more sweep; the bound after it."""
+        return self._flat.sweep(self._flat.prices)
+
+    def decode(self) -> list[int]:
+        """A choice."""
+        return self._flat.decode()[0].tolist()
+
+    def prune(self, room: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """What can be part of a choice that costs at most ``room`` more than the bound."""
+        return self._flat.prune(room)
 
 
 def price_by_weights(flat: Flat, seconds: float) -> list[np.ndarray]:
@@ -141,7 +175,7 @@ def price_by_weights(flat: Flat, seconds: float) -> list[np.ndarray]:
     """
     search, room = flat.part.search, np.maximum(flat.memory.room, 1.0)
     start, repair_s, told = search.now(), 0.0, search.now()
-    found: list[np.ndarray] = []
+    least, found = math.inf, []
     trail: list[float] = []
     first, ceiling = max(abs(flat.sweep(np.zeros(len(room)))), 1.0), highest_cost(flat.part.problem)
     prices = np.full(len(room), FIRST_PRICE * first / max(room.sum(), 1.0))
@@ -152,10 +186,12 @@ def price_by_weights(flat: Flat, seconds: float) -> list[np.ndarray]:
         at = search.now()
         spent = max((at - start) / seconds, step / MOST_STEPS)
         if over.max(initial=0.0) <= flat.spare or (spent > REPAIR_AFTER and repair_s <= REPAIR_SHARE * (at - start)):
-            if flat.repaired(chosen, over):
+            value = flat.repaired(chosen, over)
+            if value < least:
+                least = value
                 found.append(flat.state.chosen.copy())
             repair_s += search.now() - at
-        if search.now() - told > TELL_S:
+        if len(found) < 2 or search.now() - told > TELL_S:
             flat.flush()
             told = search.now()
         trail.append(flat.bound)

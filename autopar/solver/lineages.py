@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,26 +67,61 @@ def improve(flat: Flat, starts: Sequence[np.ndarray], seconds: float, seed: int)
     """
     whole, lines = flat.part.search, [lineage_of(flat, start, seed + at) for at, start in enumerate(starts)]
     end, told = whole.now() + seconds, whole.now()
+    pool, stop = ThreadPoolExecutor(THREADS), np.zeros(1, np.int64)
     try:
-        with ThreadPoolExecutor(THREADS) as pool:
-            while whole.now() < end and not whole.done() and not all(line.stalled() for line in lines):
-                _step(flat, lines, pool)
-                for line in lines:
-                    flat.offer(line.state.chosen)
-                if whole.now() - told > TELL_S:
-                    flat.flush()
-                    told = whole.now()
-                if len(lines) > THREADS and len(lines[0].trail) > RACE_CHUNKS:
-                    lines = sorted(lines, key=lambda line: line.cost)[: max(THREADS, len(lines) // 2)]
-                    lines = [replace(line, trail=line.trail[-1:]) for line in lines]
+        while whole.now() < end and not whole.done() and not all(line.stalled() for line in lines):
+            _step(flat, lines, pool, stop)
+            for line in lines:
+                flat.offer(line.state.chosen)
+            if whole.now() - told > TELL_S:
+                flat.flush()
+                told = whole.now()
+            if len(lines) > THREADS and len(lines[0].trail) > RACE_CHUNKS:
+                lines = sorted(lines, key=lambda line: line.cost)[: max(THREADS, len(lines) // 2)]
+                lines = [replace(line, trail=line.trail[-1:]) for line in lines]
     finally:
+        # Chunks that wait must not begin, and those under way end at once.
+        stop[0] = 1
+        pool.shutdown(cancel_futures=True)
         flat.flush()
     return [line.state.chosen.copy() for line in lines]
 
 
-def _step(flat: Flat, lineages: Sequence[Lineage], pool: ThreadPoolExecutor) -> None:
+@contextmanager
+def beside(flat: Flat, seed: int) -> Iterator[None]:
+    """Improve the best choice, once there is one, in a thread of its own until the body ends; ``flat.best`` shows it.
+
+    A body that has one thread leaves a core free. Where work is counted nothing happens: how far the thread gets is
+    chance.
+    """
+    if flat.part.search.clock.counts_work:
+        yield
+        return
+    stop = np.zeros(1, np.int64)
+
+    def run() -> None:
+        while flat.best is None and not stop[0]:
+            time.sleep(POLL_S)
+        if flat.best is None:
+            return
+        line = lineage_of(flat, flat.best[1], seed)
+        while not stop[0]:
+            _chunk(flat, line, stop)
+            flat.offer(line.state.chosen)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
+        try:
+            yield
+        finally:
+            stop[0] = 1
+            running.result()
+            flat.flush()
+
+
+def _step(flat: Flat, lineages: Sequence[Lineage], pool: ThreadPoolExecutor, stop: np.ndarray) -> None:
     """One chunk of each lineage."""
-    work: list[Future[None]] = [pool.submit(_chunk, flat, line) for line in lineages]
+    work: list[Future[None]] = [pool.submit(_chunk, flat, line, stop) for line in lineages]
     for one in work:
         while not one.done():
             whole = flat.part.search
@@ -101,11 +138,11 @@ def _entries(flat: Flat) -> int:
     return min(CHUNK_ENTRIES, CHUNK_SWEEPS * flat.sweep_entries)
 
 
-def _chunk(flat: Flat, line: Lineage) -> None:
+def _chunk(flat: Flat, line: Lineage, stop: np.ndarray) -> None:
     fill(line.state.most, line.state.added, excess(flat.memory, line.state.chosen))
     before = np.concatenate([[0.0], np.cumsum(flat.prices)])
     hot = np.flatnonzero(np.diff(flat.graph.link_first))
     hot = hot if len(hot) else np.arange(len(line.state.chosen))
-    task = Task(flat.graph, flat.memory, before, hot, flat.spare)
+    task = Task(flat.graph, flat.memory, before, hot, flat.spare, stop)
     line.cost += search(task, line.state, line.forest, _entries(flat))
     line.trail.append(line.cost)

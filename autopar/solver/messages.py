@@ -8,6 +8,7 @@ a strategy or a pair costs above these minima is a lower bound on what choosing 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +17,52 @@ from autopar.solver.relaxation import edges_of
 from autopar.solver.tables import Tables
 
 BOUND_ROUNDING = 1e-10
+
+
+class Messages(Protocol):
+    """Messages at costs that stay."""
+
+    @property
+    def ends(self) -> list[tuple[int, int]]:
+        """The two nodes of each edge, in the order of ``prune``'s matrices."""
+        ...
+
+    def sweep(self) -> float:
+        """One more sweep; the bound after it."""
+        ...
+
+    def decode(self) -> list[int]:
+        """A choice."""
+        ...
+
+    def prune(self, room: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """As ``Sweeps.prune``."""
+        ...
+
+
+class Unpriced:
+    """``Messages`` at the costs of a problem."""
+
+    def __init__(self, problem: Problem, tables: Tables) -> None:
+        self._sweeps = Sweeps(problem, tables)
+        self._costs = [tables.intern(array) for array in problem.nodes]
+
+    @property
+    def ends(self) -> list[tuple[int, int]]:
+        """The edges."""
+        return self._sweeps.ends
+
+    def sweep(self) -> float:
+        """One more sweep; the bound after it."""
+        return self._sweeps.sweep(self._costs)
+
+    def decode(self) -> list[int]:
+        """A choice."""
+        return self._sweeps.decode(self._costs)
+
+    def prune(self, room: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """What can be part of a choice that costs at most ``room`` more than the bound."""
+        return self._sweeps.prune(self._costs, room)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ rows a few ever bind.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import threading
@@ -16,17 +17,20 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
+from ortools.math_opt.python.errors import InternalMathOptError
 
 from autopar.solver.clock import ENTRY_S, Budget
 from autopar.solver.problem import Problem
 from autopar.solver.rows import Rows
 
 POLL_S = 0.05
-LEAST_GAP = 1e-9
+LEAST_GAP, LEAST_TOLERANCE = 1e-9, 1e-9
 # The objective is scaled to this magnitude: HiGHS's tolerances are absolute, about 1e-6.
 OBJECTIVE_SCALE = 1e4
 LIMIT_SCALE = 1e3
 ROWS_PER_ROUND = 8
+# A node of the branching takes about so many iterations.
+NODE_STEPS = 50
 ROUNDING = 1e-13
 
 
@@ -49,6 +53,21 @@ class Polytope:
     column: np.ndarray
     value: np.ndarray
     right: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Imposed:
+    """What a program knows of memory.
+
+    Args:
+        rows: all rows.
+        listed: those that are imposed.
+        covers: ``(variables, most)``: no more than so many of these node variables are chosen together.
+    """
+
+    rows: Rows
+    listed: list[int]
+    covers: list[tuple[np.ndarray, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,17 +130,17 @@ def highest_cost(problem: Problem) -> float:
 
 def solve_polytope(
     poly: Polytope,
-    memory: tuple[Rows, list[int], float] | None,
+    memory: Imposed | None,
     budget: Budget,
     *,
     integral: bool,
     gap: float = 0.0,
 ) -> Answer:
-    """Solve the integer program or its relaxation under the memory rows listed.
+    """Solve the integer program or its relaxation.
 
     Args:
         poly: the polytope.
-        memory: the rows, the indices of those to impose, and by what fraction to tighten the limit.
+        memory: the memory rows to impose.
         budget: the time there is; its ``poll`` may raise to leave (HiGHS itself then ends at its time limit).
         integral: whether choices must be whole.
         gap: stop at this relative gap.
@@ -134,29 +153,36 @@ def solve_polytope(
         variable_values_filter=mathopt.VariableFilter(filtered_items=choice),
         dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=[]),
     )
-    limits = _limits(budget, len(poly.value), max(gap, LEAST_GAP))
+    limits = _limits(budget, len(poly.value), integral)
+    limits.relative_gap_tolerance, limits.absolute_gap_tolerance = max(gap, LEAST_GAP), 0.0
     result = _run_highs(model, limits, extra, budget.poll)
+    if result is None:
+        # It may contradict itself where a program is infeasible by less than its tolerance.
+        limits.highs.double_options["primal_feasibility_tolerance"] = LEAST_TOLERANCE
+        result = _run_highs(model, limits, extra, budget.poll)
+    if result is None:
+        return Answer(None, math.inf, -math.inf, False)
     steps = result.solve_stats.simplex_iterations + result.solve_stats.node_count
     budget.clock.work((1 + steps) * len(poly.value))
     return _answer(result, choice, scale)
 
 
-def _limits(budget: Budget, nonzeros: int, gap: float) -> mathopt.SolveParameters:
+def _limits(budget: Budget, nonzeros: int, integral: bool) -> mathopt.SolveParameters:
     """Time, or where work is counted the steps that it stands for."""
-    seconds = max(budget.remaining(), 0.1)
-    limits = mathopt.SolveParameters(relative_gap_tolerance=gap, absolute_gap_tolerance=0.0)
-    if budget.clock.counts_work:
-        # HiGHS takes 32-bit numbers.
-        most = min(1 + int(seconds / (ENTRY_S * max(nonzeros, 1))), 2**31 - 1)
-        limits.node_limit = most
-    else:
+    seconds, limits = max(budget.remaining(), 0.1), mathopt.SolveParameters()
+    # HiGHS takes 32-bit numbers.
+    steps = min(1 + int(seconds / (ENTRY_S * max(nonzeros, 1))), 2**31 - 1)
+    if not budget.clock.counts_work:
         limits.time_limit = datetime.timedelta(seconds=seconds)
+    elif integral:
+        # Where choices are whole it refuses to count iterations.
+        limits.node_limit = 1 + steps // NODE_STEPS
+    else:
+        limits.iteration_limit = steps
     return limits
 
 
-def proto_of(
-    poly: Polytope, memory: tuple[Rows, list[int], float] | None, integral: bool, costs: np.ndarray
-) -> model_pb2.ModelProto:
+def proto_of(poly: Polytope, memory: Imposed | None, integral: bool, costs: np.ndarray) -> model_pb2.ModelProto:
     """MathOpt's model of a polytope with some memory rows, built in bulk; ``costs`` are finite ones in its place."""
     proto, n = model_pb2.ModelProto(), len(poly.costs)
     whole = np.zeros(n, bool)
@@ -170,11 +196,11 @@ def proto_of(
     row, column, value = poly.row, poly.column, poly.value
     low, high = poly.right, poly.right
     if memory is not None:
-        extra = _memory_triplets(poly, memory[0], memory[1])
+        extra = _memory_triplets(poly, memory)
         row, column, value = (np.concatenate(pair) for pair in zip((row, column, value), extra, strict=True))
-        low = np.concatenate([low, np.full(len(memory[1]), -math.inf)])
-        top = memory[0].limit * _memory_scale(memory[0]) * (1.0 - memory[2])
-        high = np.concatenate([high, np.full(len(memory[1]), top)])
+        top = memory.rows.limit * _memory_scale(memory.rows)
+        high = np.concatenate([high, np.full(len(memory.listed), top), [most for _, most in memory.covers]])
+        low = np.concatenate([low, np.full(len(high) - len(low), -math.inf)])
     proto.linear_constraints.ids.extend(range(len(low)))
     proto.linear_constraints.lower_bounds.extend(low.tolist())
     proto.linear_constraints.upper_bounds.extend(high.tolist())
@@ -191,20 +217,19 @@ def _memory_scale(rows: Rows) -> float:
     return LIMIT_SCALE / max(rows.limit, float(rows.flat.max(initial=0.0)), 1e-300)
 
 
-def _memory_triplets(poly: Polytope, rows: Rows, listed: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _memory_triplets(poly: Polytope, memory: Imposed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows, first = memory.rows, len(poly.right)
     counts = np.diff(np.append(rows.offset, len(rows.flat)))
     owner = np.repeat(np.arange(len(rows.node)), counts)
     column = poly.first[rows.node[owner]] + np.arange(len(rows.flat)) - rows.offset[owner]
     value = rows.flat * _memory_scale(rows)
-    out_row, out_column, out_value = [], [], []
-    for at, row in enumerate(listed):
+    terms: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64), np.zeros(0))]
+    for row in memory.listed:
         live = ((rows.lo <= row) & (row < rows.hi))[owner] & (value != 0.0)
-        out_row.append(np.full(int(live.sum()), len(poly.right) + at))
-        out_column.append(column[live])
-        out_value.append(value[live])
-    if not listed:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-    return np.concatenate(out_row), np.concatenate(out_column), np.concatenate(out_value)
+        terms.append((column[live], value[live]))
+    terms += [(variables, np.ones(len(variables))) for variables, _ in memory.covers]
+    columns, values = (np.concatenate(part) for part in zip(*terms, strict=True))
+    return np.repeat(np.arange(len(terms)) + first - 1, [len(part) for part, _ in terms]), columns, values
 
 
 def _run_highs(
@@ -212,21 +237,21 @@ def _run_highs(
     limits: mathopt.SolveParameters,
     extra: mathopt.ModelSolveParameters,
     poll: Callable[[], None],
-) -> mathopt.SolveResult:
-    """HiGHS in a thread: it cannot be interrupted, but the caller must be able to leave."""
+) -> mathopt.SolveResult | None:
+    """HiGHS in a thread: it cannot be interrupted, but the caller must be able to leave. None if it failed."""
     results: list[mathopt.SolveResult] = []
-    work = threading.Thread(
-        target=lambda: results.append(
-            mathopt.solve(model, mathopt.SolverType.HIGHS, params=limits, model_params=extra)
-        ),
-        daemon=True,
-    )
+
+    def run() -> None:
+        # MathOpt's own error fails to be made in version 9.15, for lack of an attribute.
+        with contextlib.suppress(InternalMathOptError, AttributeError):
+            results.append(mathopt.solve(model, mathopt.SolverType.HIGHS, params=limits, model_params=extra))
+
+    work = threading.Thread(target=run, daemon=True)
     work.start()
     while work.is_alive():
         work.join(POLL_S)
         poll()
-    assert results, "HiGHS refused the model; its thread's traceback says why"
-    return results[0]
+    return results[0] if results else None
 
 
 def _answer(result: mathopt.SolveResult, choice: list[mathopt.Variable], scale: float) -> Answer:

@@ -8,24 +8,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.solver.branch import integer_program
+from autopar.solver.branch import Program, integer_program, solve_program
 from autopar.solver.lagrange import Dual, Priced
 from autopar.solver.messages import Sweeps
-from autopar.solver.milp import entries_of
+from autopar.solver.milp import Imposed, entries_of, highest_cost, polytope
 from autopar.solver.part import Part
 from autopar.solver.presolve import restrict, simplify
 from autopar.solver.problem import NoChoiceError, Problem
 
 # Sweeps end when the bound gains less than this share of the gap in a few of them.
 STALLED_SHARE = 0.01
-MOST_SWEEPS = 200
+MOST_SWEEPS = 1000
 SWEEPS_PER_LOOK = 5
 # A program this small is solved in seconds; one this large is worth a try.
 EASY_ENTRIES, NEAR_ENTRIES = 20_000, 100_000
 # Strategies that add at most this share of the bound are near the optimum at prices.
 NEAR_SHARE = 1e-5
-# The first guess of the optimum as a share of the gap, the factor between guesses, the time for each, their number.
-FIRST_GUESS, NEXT_GUESS, GUESS_S, MOST_GUESSES = 1 / 32, 2.0, 6.0, 10
+# The first guess of the gap as a share of the bound, and the factor between guesses; smaller programs than the first
+# number are passed over, larger ones than the second end it.
+FIRST_GUESS, NEXT_GUESS, FEW_ENTRIES, GUESS_ENTRIES = 1e-5, 2.0, 4_000, 40_000
 # The integer program closes what is at most this large; beyond, its relaxation alone takes minutes.
 MILP_ENTRIES = 400_000
 # Shares of the time left: for programs near the optimum, for guesses, for an easy program before any other.
@@ -48,7 +49,7 @@ class Settled:
     bound: float
 
 
-def settle(part: Part, sweep: Callable[[], float]) -> float:
+def settle(part: Part, sweep: Callable[[], float], stalled_share: float = STALLED_SHARE) -> float:
     """Message passing until it stalls; the bound in quanta after the last sweep."""
     search, bound, before = part.search, -math.inf, -math.inf
     for _ in range(MOST_SWEEPS // SWEEPS_PER_LOOK):
@@ -56,7 +57,7 @@ def settle(part: Part, sweep: Callable[[], float]) -> float:
             search.poll()
             bound = sweep()
         part.raise_bound(bound)
-        if bound - before <= STALLED_SHARE * min(search.objective / part.quantum - bound, abs(bound)):
+        if bound - before <= stalled_share * min(search.objective / part.quantum - bound, abs(bound)):
             break
         before = bound
     return bound
@@ -77,6 +78,15 @@ def close_settled(part: Part, settled: Settled, choices: Sequence[Sequence[int]]
     branch_near(part, settled, choices, NEAR_TIME * search.remaining())
     if not search.done():
         guess_the_gap(part, settled, GUESS_TIME * search.remaining())
+    return close_gap(part, settled)
+
+
+def close_gap(part: Part, settled: Settled, easy_time: float = EASY_TIME) -> bool:
+    """Integer programs of all that the gap leaves; whether nothing better is left.
+
+    An easy one gets a share of the time at first: what it finds may make the next one smaller.
+    """
+    search = part.search
     for last in (False, True):
         if search.done():
             return False
@@ -84,7 +94,7 @@ def close_settled(part: Part, settled: Settled, choices: Sequence[Sequence[int]]
         if smaller is None:
             return True
         entries = search.stats["pruned_edge_entries"] = entries_of(smaller.problem)
-        most, share = (MILP_ENTRIES, 1.0) if last else (EASY_ENTRIES, EASY_TIME)
+        most, share = (MILP_ENTRIES, 1.0) if last else (EASY_ENTRIES, easy_time)
         if entries <= most and branch_whole(smaller, share * search.remaining()):
             return True
     return False
@@ -113,27 +123,51 @@ def pruned(part: Part, settled: Settled, room: float) -> Part | None:
     return part.smaller(reduced, lambda strategies: back(lift(strategies)))
 
 
-def guess_the_gap(part: Part, settled: Settled, seconds: float) -> None:
+def guess_the_gap(part: Part, settled: Settled, seconds: float) -> bool:
     """Suppose that the optimum is close to the bound: little is left to choose, and an integer program sees to that.
 
     Whatever a guess excludes costs more than it supposes, so each program bounds the whole part, and what it finds
-    below that is optimal. Each guess is wider than the one before.
+    below that is optimal. Each guess is wider than the one before, the last one as wide as the gap.
+
+    Returns:
+        Whether it found a better choice.
     """
     search, bound = part.search, settled.bound
     search.begin("guessing the gap")
-    end = search.now() + seconds
-    room = max(min(part.room(bound), abs(bound)) * FIRST_GUESS, search.target_gap * abs(bound), 1.0)
-    for _ in range(MOST_GUESSES):
-        if search.done() or room >= part.room(bound) or search.now() >= end:
-            return
-        smaller = pruned(part, settled, room)
-        if smaller is None:
+    budget = search.budget(search.now() + seconds)
+    room = max(FIRST_GUESS * abs(bound), search.target_gap * abs(bound), 1.0)
+    better, listed, highest = False, [], highest_cost(part.problem)
+    while not search.done() and budget.remaining() > 0.0:
+        most = min(part.room(bound), highest - bound)
+        last, room = room >= most, min(room, most)
+        guess = _guessed(part, settled, room, listed)
+        entries = 0 if guess is None else len(guess[0].poly.costs)
+        if entries > GUESS_ENTRIES:
+            break
+        if guess is None:
             part.raise_bound(bound + room)
-        elif entries_of(smaller.problem) > EASY_ENTRIES:
-            return
-        else:
-            branch_whole(smaller, min(GUESS_S, end - search.now()), bound + room)
+        elif entries >= FEW_ENTRIES or last:
+            program, kept = guess
+            outcome = solve_program(program, budget, cutoff=search.objective / part.quantum, gap=search.target_gap)
+            part.raise_bound(min(outcome.bound, bound + room))
+            if outcome.strategies is not None:
+                found = [int(labels[s]) for labels, s in zip(kept, outcome.strategies, strict=True)]
+                better = part.offer(found) or better
+        if last:
+            break
         room *= NEXT_GUESS
+    return better
+
+
+def _guessed(part: Part, settled: Settled, room: float, listed: list[int]) -> tuple[Program, list[np.ndarray]] | None:
+    """The program of what can cost at most ``room`` quanta above the bound, with the strategies it keeps."""
+    kept, matrices = settled.prune(room)
+    if any(len(labels) == 0 for labels in kept):
+        return None
+    edges = [(u, v, matrix[np.ix_(kept[u], kept[v])]) for (u, v), matrix in zip(settled.ends, matrices, strict=True)]
+    nodes = [costs[labels] for costs, labels in zip(part.problem.nodes, kept, strict=True)]
+    memory = None if part.rows is None else Imposed(part.rows.keep(kept), listed, [])
+    return Program(polytope(Problem(tuple(nodes), tuple(edges))), memory), kept
 
 
 def choices_met(dual: Dual) -> list[list[int]]:
@@ -158,6 +192,8 @@ def branch_within(part: Part, choices: Sequence[Sequence[int]], more: list[np.nd
     choices = [*choices, part.best] if part.best is not None else choices
     some = np.array(choices, np.int64).reshape(len(choices), len(more)).T
     kept = [np.unique(np.concatenate(pair)) for pair in zip(some, more, strict=True)]
+    if any(len(labels) == 0 for labels in kept):
+        return
     tables, gap = part.search.tables, part.search.target_gap / 4
     small, back = restrict(part.problem, tables, kept)
     try:

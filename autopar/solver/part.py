@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 
 from autopar.solver.clock import Budget, Clock
 from autopar.solver.draft import Lift
 from autopar.solver.eliminate import WIDE_ENTRIES
+from autopar.solver.messages import Messages, Unpriced
 from autopar.solver.milp import ROUNDING
 from autopar.solver.problem import Choice, NoChoiceError, Problem, Progress, relative_gap
-from autopar.solver.rows import rows_of
+from autopar.solver.replay import Replay
+from autopar.solver.rows import Rows, rows_of
 from autopar.solver.tables import FREE_QUANTA_BITS, QUANTA_BITS, Tables, largest_finite, quantize, quantum_of
 
 # A gap this small is float64 rounding. What rounding to quanta can make of a gap counts as well, up to the second.
 PROVEN_GAP, MOST_ROUNDING_GAP = 1e-9, 1e-8
-
-
+# Compiled kernels take half a second to load, which pays from so many nodes on, or if more solves are to follow.
+COMPILED_NODES = 3000
 # Numbers (8 bytes each) that may be kept for the next solve.
 KEPT_ENTRIES = 60_000_000
 
@@ -74,6 +77,11 @@ class Search:
         self.wide_entries = WIDE_ENTRIES
         self.stats: dict[str, float] = {}
 
+    @cached_property
+    def replay(self) -> Replay:
+        """The caller's problem, to replay choices."""
+        return Replay(self.problem)
+
     def seconds(self) -> float:
         """Wall time so far."""
         return self.clock.wall()
@@ -113,8 +121,8 @@ class Search:
 
     def offer(self, strategies: Sequence[int]) -> None:
         """A choice that may be the best; it is replayed on the problem as it was given."""
-        cost = self.problem.cost(strategies)
-        if cost < self.objective and self.problem.feasible(strategies):
+        cost = self.replay.cost(strategies)
+        if cost < self.objective and self.replay.fits(strategies):
             self.strategies, self.objective = tuple(int(s) for s in strategies), cost
             self.bound = min(self.bound, cost)
             self.report()
@@ -162,9 +170,22 @@ class Part:
 
     def __init__(self, search: Search, problem: Problem, lift: Lift, quantum: float) -> None:
         self.search, self.problem, self.lift, self.quantum = search, problem, lift, quantum
-        self.rows = rows_of(problem) if problem.limit is not None and problem.usages else None
         self.best: list[int] | None = None
         self.least = math.inf
+
+    @cached_property
+    def rows(self) -> Rows | None:
+        """The memory rows; None where nothing can be over a limit."""
+        return rows_of(self.problem) if self.problem.limit is not None and self.problem.usages else None
+
+    @cached_property
+    def messages(self) -> Messages:
+        """Messages without prices on memory; compiled where that pays."""
+        if len(self.problem.nodes) < COMPILED_NODES and not self.search.keeps_tables:
+            return Unpriced(self.problem, self.search.tables)
+        from autopar.solver.flat import Unlimited
+
+        return Unlimited(self)
 
     def smaller(self, problem: Problem, lift: Lift) -> Part:
         """A part of this part."""

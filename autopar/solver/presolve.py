@@ -19,6 +19,8 @@ from autopar.solver.tables import Tables
 Reduction = Callable[[Draft, list[int]], None]
 # Comparing all pairs of strategies under all neighbours takes k^2 s time; beyond this it is not worth it.
 DOMINANCE_STRATEGIES = 512
+# Compiled kernels take half a second to load: so many nodes of which no two are alike make that up.
+MANY_UNLIKE = 500
 # Pairs of strategies are compared one by one where they are at most this share of all.
 PAIRS_SHARE = 0.25
 ROUNDS = 12
@@ -31,6 +33,12 @@ def simplify(problem: Problem, tables: Tables) -> tuple[Problem, Lift]:
         NoChoiceError: forbidden costs alone exclude every choice.
     """
     draft = Draft.of(problem, tables)
+    reduce_all(draft)
+    return draft.finish()
+
+
+def reduce_all(draft: Draft) -> None:
+    """Every reduction, until none changes anything (or a fixed number of rounds)."""
     for _ in range(ROUNDS):
         todo = sorted(draft.changed)
         if not todo:
@@ -39,7 +47,6 @@ def simplify(problem: Problem, tables: Tables) -> tuple[Problem, Lift]:
         for reduction in REDUCTIONS:
             # What one reduction changes, the next ones see in the same round.
             reduction(draft, [node for node in sorted(draft.changed.union(todo)) if draft.alive[node]])
-    return draft.finish()
 
 
 def reduce_once(reduction: Reduction, problem: Problem, tables: Tables) -> tuple[Problem, Lift]:
@@ -51,27 +58,37 @@ def reduce_once(reduction: Reduction, problem: Problem, tables: Tables) -> tuple
 
 def forbid_dead(draft: Draft, nodes: list[int]) -> None:
     """Arc consistency: drop strategies that are forbidden, alone or with every strategy of one neighbour."""
-    queue, waiting = list(reversed(nodes)), set(nodes)
-    while queue:
-        node = queue.pop()
-        waiting.discard(node)
-        matrices = frozenset(draft.near[node].values())
-        kept = draft.tables.memo(_possible, draft.costs[node], matrices)
-        if kept is None:
-            continue
-        if draft.tables[kept].size == 0:
+    tables = draft.tables
+    # By node the tables that say so. Hubs have thousands of edges, of which only those that changed are looked at.
+    waiting: dict[int, set[int]] = {}
+    for node in reversed(nodes):
+        dead = {table for table in (draft.costs[node], *draft.near[node].values()) if tables.memo(_has_dead, table)}
+        if dead:
+            waiting[node] = dead
+    while waiting:
+        node, dead = waiting.popitem()
+        kept = tables.memo(_possible, frozenset(dead))
+        if tables[kept].size == 0:
             raise NoChoiceError("forbidden costs exclude every choice", np.inf, (node,), fix="allow more strategies")
         draft.keep(node, kept)
-        for other in sorted(set(draft.near[node]) - waiting):
-            waiting.add(other)
-            queue.append(other)
+        for other in draft.near[node]:
+            table = draft.near[other][node]
+            if tables.memo(_has_dead, table):
+                waiting.setdefault(other, set()).add(table)
 
 
-def _possible(tables: Tables, costs: int, matrices: frozenset[int]) -> int | None:
-    possible = np.isfinite(tables[costs])
-    for matrix in matrices:
-        possible = possible & np.isfinite(tables[matrix]).any(axis=1)
-    return None if possible.all() else tables.intern(np.flatnonzero(possible))
+def _has_dead(tables: Tables, table: int) -> bool:
+    return not bool(_alive(tables[table]).all())
+
+
+def _possible(tables: Tables, dead: frozenset[int]) -> int:
+    possible = np.logical_and.reduce([_alive(tables[table]) for table in dead])
+    return tables.intern(np.flatnonzero(possible))
+
+
+def _alive(array: np.ndarray) -> np.ndarray:
+    """The strategies that costs allow, or that a matrix leaves a partner."""
+    return np.logical_or.reduce(np.isfinite(array).reshape(len(array), -1), axis=1)
 
 
 def free_least_usage(draft: Draft, nodes: list[int]) -> None:
@@ -189,13 +206,26 @@ def drop_dominated(draft: Draft, nodes: list[int]) -> None:
 
     To be run after ``forbid_dead``: strategies without a partner cannot be compared.
     """
+    nodes = [node for node in nodes if 1 < draft.size(node) <= DOMINANCE_STRATEGIES]
+    unlike = len({_surroundings(draft, node) for node in nodes})
+    function = _undominated if unlike < MANY_UNLIKE else _undominated_compiled
     for node in nodes:
-        usage = tuple(sorted(set(draft.live[node].values())))
-        matrices = tuple(sorted(draft.near[node].values()))
-        if 1 < draft.size(node) <= DOMINANCE_STRATEGIES:
-            kept = draft.tables.memo(_undominated, draft.costs[node], matrices, usage)
-            if kept is not None:
-                draft.keep(node, kept)
+        kept = draft.tables.memo(function, *_surroundings(draft, node))
+        if kept is not None:
+            draft.keep(node, kept)
+
+
+def _surroundings(draft: Draft, node: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """All that decides which of a node's strategies are dominated."""
+    usage = tuple(sorted(set(draft.live[node].values())))
+    return draft.costs[node], tuple(sorted(draft.near[node].values())), usage
+
+
+def _undominated_compiled(tables: Tables, costs: int, matrices: tuple[int, ...], usage: tuple[int, ...]) -> int | None:
+    from autopar.solver.compiled.dominance import undominated
+
+    stays = undominated(tables[costs], [tables[matrix] for matrix in matrices], [tables[table] for table in usage])
+    return None if stays.all() else tables.intern(np.flatnonzero(stays))
 
 
 def _undominated(tables: Tables, costs: int, matrices: tuple[int, ...], usage: tuple[int, ...]) -> int | None:

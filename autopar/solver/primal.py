@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from autopar.solver.eliminate import elimination_order
 from autopar.solver.lagrange import Column, Dual, Priced
 from autopar.solver.milp import ROUNDING
 from autopar.solver.problem import Problem
@@ -22,8 +21,6 @@ SCALES = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 4.0, 16.0, 256.0)
 # A node with more neighbours than this joins layers that are far apart (a gradient norm); distance ignores
 # it.
 HUB_NEIGHBOURS = 24
-# A cutset grows by one part in so many of what is still too wide.
-CUTSET_ROUNDS = 12
 
 
 def line_layout(problem: Problem) -> np.ndarray:
@@ -56,18 +53,6 @@ def _breadth_first(near: list[list[int]], start: int) -> list[int]:
                 seen.add(other)
                 queue.append(other)
     return order
-
-
-def cutset(problem: Problem, wide_entries: int, random: np.random.Generator) -> set[int]:
-    """Random nodes without which the rest can be eliminated with tables no larger than ``wide_entries``."""
-    sizes = [len(costs) for costs in problem.nodes]
-    held: set[int] = set()
-    while True:
-        pairs = [(u, v) for u, v, _ in problem.edges if u not in held and v not in held]
-        left = elimination_order(sizes, pairs, wide_entries).left
-        if not left:
-            return held
-        held.update(random.choice(left, max(1, len(left) // CUTSET_ROUNDS), replace=False).tolist())
 
 
 def feasible_by_prices(priced: Priced, dual: Dual, layout: np.ndarray, on_column: Callable[[Column], bool]) -> bool:

@@ -57,37 +57,50 @@ class Problem:
     limit: float | None = None
 
     def __post_init__(self) -> None:
+        # One look at each distinct array: a train step passes thousands of references to a few.
         checked: set[int] = set()
         for index, costs in enumerate(self.nodes):
-            _check_table(costs, 1, f"node {index}", checked)
+            if id(costs) not in checked:
+                _check_table(costs, 1, f"node {index}")
+                checked.add(id(costs))
         for index, (u, v, matrix) in enumerate(self.edges):
-            self._check_edge(index, u, v, matrix, checked)
+            if id(matrix) not in checked:
+                _check_table(matrix, 2, f"edge {index} ({u}, {v})")
+                checked.add(id(matrix))
+            self._check_edge(index, u, v, matrix.shape)
+        sizes: set[int] = set()
         for index, usage in enumerate(self.usages):
-            self._check_usage(index, usage, checked)
+            self._check_usage(index, usage, sizes)
         if self.limit is not None and not self.limit >= 0:
             raise ProblemError(f"limit {self.limit} is not a number of bytes", fix="pass limit >= 0, or None")
 
-    def _check_edge(self, index: int, u: int, v: int, matrix: np.ndarray, checked: set[int]) -> None:
-        where = f"edge {index} ({u}, {v})"
-        n = len(self.nodes)
+    def _check_edge(self, index: int, u: int, v: int, shape: tuple[int, ...]) -> None:
+        nodes = self.nodes
+        n = len(nodes)
         if u == v or not (0 <= u < n and 0 <= v < n):
-            raise ProblemError(f"an edge joins two different nodes below {n}", where=where, fix="fix its ends")
-        _check_table(matrix, 2, where, checked)
-        shape = (len(self.nodes[u]), len(self.nodes[v]))
-        if matrix.shape != shape:
-            raise ProblemError(f"matrix is {matrix.shape}, strategies are {shape}", where=where, fix="reshape it")
+            what = f"an edge joins two different nodes below {n}"
+            raise ProblemError(what, where=f"edge {index} ({u}, {v})", fix="fix its ends")
+        expected = (len(nodes[u]), len(nodes[v]))
+        if shape != expected:
+            what = f"matrix is {shape}, strategies are {expected}"
+            raise ProblemError(what, where=f"edge {index} ({u}, {v})", fix="reshape it")
 
     def _check_usage(self, index: int, usage: Usage, checked: set[int]) -> None:
-        where = f"usage {index} of node {usage.node}"
         if not 0 <= usage.node < len(self.nodes):
+            where = f"usage {index} of node {usage.node}"
             raise ProblemError(f"there are {len(self.nodes)} nodes", where=where, fix="fix its node")
-        if usage.bytes.shape != self.nodes[usage.node].shape:
-            what = f"bytes are {usage.bytes.shape}, strategies are {self.nodes[usage.node].shape}"
+        sizes, expected = usage.bytes, self.nodes[usage.node].shape
+        if sizes.shape != expected:
+            where = f"usage {index} of node {usage.node}"
+            what = f"bytes are {sizes.shape}, strategies are {expected}"
             raise ProblemError(what, where=where, fix="give one number per strategy")
-        if ("bytes", id(usage.bytes)) in checked:
+        if id(sizes) in checked:
             return
-        checked.add(("bytes", id(usage.bytes)))  # type: ignore[arg-type]
-        if not (np.all(np.isfinite(usage.bytes)) and np.all(usage.bytes >= 0)):
+        checked.add(id(sizes))
+        # What is live whatever is chosen comes in thousands of arrays of one number.
+        least, most = (sizes[0], sizes[0]) if len(sizes) == 1 else (sizes.min(), sizes.max())
+        if not 0.0 <= least <= most < math.inf:
+            where = f"usage {index} of node {usage.node}"
             raise ProblemError("bytes must be finite and not negative", where=where, fix="forbid by cost instead")
 
     def allow(self, allowed: Mapping[int, Collection[int]]) -> Problem:
@@ -202,11 +215,7 @@ class NoChoiceError(InfeasibleError):
         self.nodes = nodes
 
 
-def _check_table(table: np.ndarray, ndim: int, where: str, checked: set[int]) -> None:
-    """One look at each distinct array object: a train step passes thousands of references to a few."""
-    if id(table) in checked:
-        return
-    checked.add(id(table))
+def _check_table(table: np.ndarray, ndim: int, where: str) -> None:
     if not isinstance(table, np.ndarray) or table.ndim != ndim or table.dtype != np.float64:
         raise ProblemError(f"costs must be a float64 array with {ndim} dimensions", where=where, fix="convert them")
     if table.size == 0:

@@ -13,8 +13,8 @@ from autopar.solver.room import no_room
 from autopar.solver.rows import rows_of
 from autopar.solver.search import Start, solve
 
-# A limit this share below a peak excludes the peak, whose sum is rounded.
-BELOW = 1e-12
+# Peaks closer to each other than this share are one point of a frontier: integer programs tell no closer ones apart.
+BELOW = 1e-7
 
 
 @dataclass(frozen=True)

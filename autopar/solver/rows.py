@@ -53,6 +53,18 @@ class Rows:
             return np.zeros(len(self.times))
         return self._spread(np.minimum.reduceat(self.flat, self.offset))
 
+    def keep(self, kept: Sequence[np.ndarray]) -> Rows:
+        """The rows when only these strategies of each node are left."""
+        sizes = np.array([len(strategies) for strategies in kept], np.int64)
+        counts = sizes[self.node]
+        offset = np.cumsum(counts) - counts
+        owner = np.repeat(np.arange(len(self.node)), counts)
+        within = np.arange(len(owner)) - offset[owner]
+        first = np.cumsum(sizes) - sizes
+        strategy = np.concatenate([*kept, np.zeros(0, np.int64)])[first[self.node[owner]] + within]
+        flat = self.flat[self.offset[owner] + strategy]
+        return Rows(self.limit, self.times, self.node, self.lo, self.hi, offset, flat)
+
     def weights(self, prices: np.ndarray) -> np.ndarray:
         """``(entries,)`` price per byte of each entry: the sum of its rows' prices."""
         before = np.concatenate([[0.0], np.cumsum(prices)])
@@ -67,7 +79,9 @@ class Rows:
 def rows_of(problem: Problem) -> Rows:
     """The rows of a problem with a limit; usage that is never part of a maximal live set is left out."""
     assert problem.limit is not None
-    entries = [usage for usage in problem.usages if usage.lo < usage.hi and usage.bytes.any()]
+    distinct = {id(usage.bytes): usage.bytes for usage in problem.usages}
+    used = {key for key, sizes in distinct.items() if sizes.any()}
+    entries = [usage for usage in problem.usages if usage.lo < usage.hi and id(usage.bytes) in used]
     lo = np.array([usage.lo for usage in entries], np.int64)
     hi = np.array([usage.hi for usage in entries], np.int64)
     starts = np.unique(lo)

@@ -7,17 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from autopar.solver.clock import Clock
+from autopar.solver.draft import Draft
+from autopar.solver.eliminate import elimination_order
 from autopar.solver.milp import entries_of, highest_cost
 from autopar.solver.narrow import MILP_ENTRIES, branch_whole, choices_met, close_settled, settle_priced
 from autopar.solver.part import Part, Search, Stopped, Warm, whole_part
-from autopar.solver.presolve import drop_fixed, reduce_once, simplify
+from autopar.solver.presolve import drop_fixed, reduce_all
 from autopar.solver.problem import Choice, Problem, Progress
 from autopar.solver.room import least_sum_exceeds, no_room
 from autopar.solver.stages import (
     WIDENING,
     bound_and_prune,
     eliminate_whole,
-    improve_by_cutsets,
     improve_windows,
     mix_layers,
     offer_early,
@@ -27,7 +28,7 @@ from autopar.solver.stages import (
 # Beyond so many joined entries elimination takes long enough for the caller to want a choice in hand first.
 QUICK_ENTRIES = 2_000_000_000
 # Shares of the time left that stages may take which others are to follow.
-PRICE_SHARE, CUTSETS_SHARE = 0.4, 0.2
+PRICE_SHARE, IMPROVE_SHARE = 0.4, 0.4
 # Pruning goes on while it leaves less than this share of the edge entries.
 STUCK_SHARE = 0.9
 
@@ -103,14 +104,16 @@ def run(search: Search, hint: Sequence[int] | None = None) -> None:
         search.offer(hint)
     if least_sum_exceeds(search.problem):
         raise no_room(search.problem, search.poll)
-    part = whole_part(search)
-    if any(len(costs) == 1 for costs in part.problem.nodes):
-        # A fixed node may have hundreds of neighbours: no table can have an axis for each.
-        part = part.smaller(*reduce_once(drop_fixed, part.problem, search.tables))
-    if eliminate_whole(part, most_joined=QUICK_ENTRIES):
+    whole = whole_part(search)
+    draft = Draft.of(whole.problem, search.tables)
+    # A fixed node may have hundreds of neighbours: no table can have an axis for each.
+    drop_fixed(draft, list(range(len(whole.problem.nodes))))
+    order = elimination_order(draft.sizes(), draft.pairs(), search.wide_entries)
+    if not order.left and order.joined_entries <= QUICK_ENTRIES and eliminate_whole(whole.smaller(*draft.finish())):
         return
     search.begin("presolve")
-    part = part.smaller(*simplify(part.problem, search.tables))
+    reduce_all(draft)
+    part = whole.smaller(*draft.finish())
     search.stats["reduced_nodes"] = len(part.problem.nodes)
     search.stats["reduced_edge_entries"] = entries_of(part.problem)
     if part.rows is None or search.stats["reduced_edge_entries"] <= MILP_ENTRIES:
@@ -123,21 +126,25 @@ def run(search: Search, hint: Sequence[int] | None = None) -> None:
 
 def _close_free(part: Part) -> None:
     """Without memory rows: bound, prune, improve, prune again, until tables are narrow; else branch."""
-    search, improved = part.search, False
+    search, stuck = part.search, False
     while not eliminate_whole(part) and not search.done():
-        smaller = bound_and_prune(part)
+        if stuck:
+            # Compiled kernels take half a second to load, which small problems should not pay.
+            from autopar.solver.wide import improve_free
+
+            smaller = improve_free(part, IMPROVE_SHARE * search.remaining())
+        else:
+            smaller = bound_and_prune(part)
         if smaller is None:
             _exhausted(search)
             return
-        if entries_of(smaller.problem) < STUCK_SHARE * entries_of(part.problem):
-            part = smaller
-        elif not improved:
-            improve_by_cutsets(part, CUTSETS_SHARE * search.remaining())
-            improved = True
-        else:
-            if not eliminate_whole(smaller, WIDENING) and branch_whole(smaller, search.remaining()):
+        shrunk = entries_of(smaller.problem) < STUCK_SHARE * entries_of(part.problem)
+        if stuck and not shrunk:
+            small = entries_of(smaller.problem) <= MILP_ENTRIES
+            if not eliminate_whole(smaller, WIDENING) and small and branch_whole(smaller, search.remaining()):
                 _exhausted(search)
             return
+        part, stuck = (smaller, False) if shrunk else (part, True)
 
 
 def _close_limited(part: Part) -> None:
@@ -147,7 +154,7 @@ def _close_limited(part: Part) -> None:
         return
     found = price_memory(part, PRICE_SHARE * search.remaining())
     if found is None:
-        # Compiled kernels take a second to load, which small problems should not pay.
+        # Compiled kernels take half a second to load, which small problems should not pay.
         from autopar.solver.wide import close_wide
 
         if close_wide(part):

@@ -13,15 +13,13 @@ from autopar.solver.messages import Sweeps
 from autopar.solver.milp import highest_cost
 from autopar.solver.narrow import MOST_SWEEPS, STALLED_SHARE, SWEEPS_PER_LOOK, Settled, pruned
 from autopar.solver.part import Part
-from autopar.solver.presolve import restrict, simplify
-from autopar.solver.primal import cutset, feasible_by_prices, line_layout
+from autopar.solver.presolve import restrict
+from autopar.solver.primal import feasible_by_prices, line_layout
 from autopar.solver.problem import NoChoiceError
 from autopar.solver.relaxation import ExactRelaxation, Pricing, order_of
 from autopar.solver.tables import TooManyEntries
 
 WINDOW_NODES, WINDOW_S = 60, 3.0
-# Tables of the part that a cutset leaves free, and after how many cutsets without gain to stop.
-CUTSET_ENTRIES, MOST_FAILURES = 50_000, 6
 # Numbers held in tables (8 bytes each) at which elimination with wide tables gives up, and how wide these
 # may be.
 MOST_ENTRIES = 200_000_000
@@ -32,20 +30,19 @@ EARLY_PRICE = 100.0
 WIDENING = 10
 
 
-def eliminate_whole(part: Part, widening: int = 1, most_joined: float = math.inf) -> bool:
+def eliminate_whole(part: Part, widening: int = 1) -> bool:
     """Exact elimination without memory rows, where no table is too wide; whether that solved the problem.
 
     Args:
         part: what to solve.
         widening: how many times larger than usual a table may be.
-        most_joined: entries that may be joined, as if nothing repeated, before it is called too slow.
 
     Raises:
         NoChoiceError: everything is forbidden.
     """
     search, tables = part.search, part.search.tables
     order = order_of(part.problem, search.wide_entries * widening)
-    if order.left or order.joined_entries > most_joined:
+    if order.left:
         return False
 
     search.begin("elimination")
@@ -73,13 +70,12 @@ def offer_early(part: Part) -> None:
     """To return if the caller stops soon: one sweep of messages, and one with dear bytes where that is too large."""
     search, rows = part.search, part.rows
     search.begin("first choice")
-    sweeps = Sweeps(part.problem, search.tables)
-    costs = [search.tables.intern(array) for array in part.problem.nodes]
-    bound = sweeps.sweep(costs)
+    bound = part.messages.sweep()
     part.raise_bound(bound)
-    part.offer(sweeps.decode(costs))
+    part.offer(part.messages.decode())
     if rows is not None and search.strategies is None:
         dear = EARLY_PRICE * max(abs(bound), 1.0) / max(rows.limit, 1.0) / max(len(rows.times), 1)
+        sweeps = Sweeps(part.problem, search.tables)
         costs = Pricing(part.problem, search.tables, rows).costs(np.full(len(rows.times), dear))
         sweeps.sweep(costs)
         part.offer(sweeps.decode(costs))
@@ -91,22 +87,20 @@ def bound_and_prune(part: Part) -> Part | None:
     Returns:
         The smaller part, or None when nothing better than the incumbent is left.
     """
-    search = part.search
+    search, messages = part.search, part.messages
     search.begin("message passing")
-    sweeps = Sweeps(part.problem, search.tables)
-    costs = [search.tables.intern(array) for array in part.problem.nodes]
     bound, before = -math.inf, -math.inf
     for count in range(1, MOST_SWEEPS + 1):
         search.poll()
-        bound = sweeps.sweep(costs)
+        bound = messages.sweep()
         if count % SWEEPS_PER_LOOK == 0:
             part.raise_bound(bound)
-            part.offer(sweeps.decode(costs))
+            part.offer(messages.decode())
             gap = search.objective / part.quantum - bound
             if search.done() or bound - before <= STALLED_SHARE * min(gap, abs(bound)):
                 break
             before = bound
-    settled = Settled(lambda room: sweeps.prune(costs, room), sweeps.ends, bound)
+    settled = Settled(messages.prune, messages.ends, bound)
     return pruned(part, settled, part.room(bound))
 
 
@@ -150,30 +144,6 @@ def mix_layers(part: Part, priced: Priced, dual: Dual) -> None:
 
     with contextlib.suppress(TooManyEntries), part.search.tables.at_most(MOST_ENTRIES):
         feasible_by_prices(priced, dual, line_layout(part.problem), on_column)
-
-
-def improve_by_cutsets(part: Part, seconds: float) -> None:
-    """Hold a random cutset at the incumbent, eliminate the rest, narrow then, exactly; again and again."""
-    search, problem, random = part.search, part.problem, np.random.default_rng(0)
-    if part.best is None:
-        return
-    search.begin("cutsets")
-    end, failures = search.now() + seconds, 0
-    while search.now() < end and failures < MOST_FAILURES and not search.done():
-        held = cutset(problem, CUTSET_ENTRIES, random)
-        best = part.best
-        kept = [
-            np.array([best[node]]) if node in held else np.arange(len(costs))
-            for node, costs in enumerate(problem.nodes)
-        ]
-        mark = search.tables.mark()
-        small, lift = restrict(problem, search.tables, kept)
-        reduced, back = simplify(small, search.tables)
-        relaxation = ExactRelaxation(reduced, search.tables, order_of(reduced, 10 * CUTSET_ENTRIES))
-        strategies, _ = relaxation.minimise([search.tables.intern(costs) for costs in reduced.nodes])
-        failures = 0 if part.offer(lift(back(strategies))) else failures + 1
-        search.tables.forget(mark)
-        search.poll()
 
 
 def improve_windows(part: Part, seconds: float) -> None:

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from autopar.solver.flat import Flat, price_by_weights
-from autopar.solver.lineages import improve
+from autopar.solver.lineages import beside, improve
 from autopar.solver.milp import entries_of, highest_cost
-from autopar.solver.narrow import MILP_ENTRIES, Settled, branch_within, close_settled, settle
+from autopar.solver.narrow import (
+    MILP_ENTRIES,
+    NEAR_TIME,
+    Settled,
+    branch_near,
+    branch_within,
+    close_gap,
+    guess_the_gap,
+    pruned,
+    settle,
+)
 from autopar.solver.part import Part, Search
 from autopar.solver.problem import Problem, Usage
 
 # Shares of the time left, in the order of the stages, and the time for one recombination.
-PRICE_SHARE, SMALL_SHARE, FIRST_SHARE, MERGE_S = 0.3, 0.25, 0.6, 4.0
+PRICE_SHARE, GUESS_SHARE, SMALL_SHARE, FIRST_SHARE, MERGE_S = 0.3, 0.7, 0.25, 0.6, 4.0
+# Messages end when they gain less than this share of the gap in a few sweeps.
+FINE_SHARE = 2e-4
 # At this gap even of a large problem so little may be left that an integer program can close it.
 SMALL_GAP = 2e-3
 # Lineages at least and at most, and the seconds that there should be for each.
@@ -24,25 +37,98 @@ LINEAGES, MOST_LINEAGES, RACE_S = 2, 6, 7.0
 
 def close_wide(part: Part) -> bool:
     """Bound and solve a limited part; whether it proved that nothing better than the incumbent is left."""
-    search = part.search
-    search.begin("prices")
-    flat = Flat(part, search.seed)
+    part.search.begin("prices")
+    flat = Flat(part, part.search.seed)
+    try:
+        return _solve_flat(flat)
+    finally:
+        # Time may have run out before the part heard of the best choice.
+        flat.flush()
+
+
+def _solve_flat(flat: Flat) -> bool:
+    part, search = flat.part, flat.part.search
     found = price_by_weights(flat, PRICE_SHARE * search.remaining())
     if flat.bound > highest_cost(part.problem):
         return True
     small = entries_of(part.problem) <= MILP_ENTRIES
-    if flat.best is not None and not search.done():
+    if small and not search.done() and _guess(flat, GUESS_SHARE * search.remaining()) and not search.done():
+        # Whoever comes so close to the bound is not beaten by neighbourhoods.
+        if close_gap(part, _settled(flat), 1.0):
+            return True
+    elif flat.best is not None and not search.done():
         search.begin("neighbourhoods")
         seconds = (SMALL_SHARE if small else FIRST_SHARE) * search.remaining()
         found += improve(flat, _starts(flat, found, seconds), seconds, search.seed)
-    if (small or search.gap() <= SMALL_GAP) and not search.done():
-        search.begin("message passing at prices")
-        bound = settle(part, lambda: flat.sweep(flat.prices))
-        settled = Settled(flat.prune, flat.ends, bound)
-        if close_settled(part, settled, [choice.tolist() for choice in found]):
-            return True
+    if (small or search.gap() <= SMALL_GAP) and not search.done() and _close(flat, found):
+        return True
     _explore(flat, found)
     return False
+
+
+def _guess(flat: Flat, seconds: float) -> bool:
+    """Integer programs of what is close to the bound, with neighbourhoods beside; whether the former found more."""
+    settled = _settled(flat)
+    with beside(flat, flat.part.search.seed):
+        found = guess_the_gap(flat.part, settled, seconds)
+        better = found and (flat.best is None or flat.part.least < flat.best[0])
+    flat.take()
+    return better
+
+
+def _close(flat: Flat, found: Sequence[np.ndarray]) -> bool:
+    """Integer programs around the choices met, then of all that the gap leaves; whether nothing better is left."""
+    part, search = flat.part, flat.part.search
+    settled = _settled(flat)
+    branch_near(part, settled, [choice.tolist() for choice in found], NEAR_TIME * search.remaining())
+    return not search.done() and close_gap(part, settled)
+
+
+def _settled(flat: Flat) -> Settled:
+    """Message passing at the best prices."""
+    flat.part.search.begin("message passing at prices")
+    bound = settle(flat.part, lambda: flat.sweep(flat.prices))
+    return Settled(flat.prune, flat.ends, bound)
+
+
+def improve_free(part: Part, seconds: float) -> Part | None:
+    """A part without memory rows: messages for as long as they gain, then neighbourhoods around what they lead to.
+
+    Returns:
+        The smaller part, or None when nothing better than the incumbent is left.
+    """
+    free = Problem(part.problem.nodes, part.problem.edges, (), 0.0)
+    flat = Flat(Part(part.search, free, part.lift, part.quantum), part.search.seed)
+    try:
+        bound = _improve_flat(flat, part.search.now() + seconds)
+    finally:
+        flat.flush()
+    if flat.part.best is not None:
+        part.offer(flat.part.best)
+    return pruned(part, Settled(flat.prune, flat.ends, bound), part.room(bound))
+
+
+def _improve_flat(flat: Flat, end: float) -> float:
+    search = flat.part.search
+    found: list[np.ndarray] = []
+
+    def sweep() -> float:
+        bound = flat.sweep(flat.prices)
+        value = flat.repaired(*flat.decode())
+        if flat.best is not None and value <= flat.best[0]:
+            found.append(flat.state.chosen.copy())
+        return bound
+
+    search.begin("message passing")
+    bound = settle(flat.part, sweep, FINE_SHARE)
+    flat.flush()
+    search.begin("neighbourhoods")
+    seed, before = search.seed, math.inf
+    while flat.best is not None and flat.best[0] < before and search.now() < end and not search.done():
+        before, left = flat.best[0], end - search.now()
+        found = improve(flat, _starts(flat, found, left), left, seed)
+        seed += MOST_LINEAGES
+    return bound
 
 
 def _explore(flat: Flat, found: Sequence[np.ndarray]) -> None:
@@ -50,8 +136,7 @@ def _explore(flat: Flat, found: Sequence[np.ndarray]) -> None:
     part, search = flat.part, flat.part.search
     seed = search.seed
     while not search.done() and (part.best is not None or flat.best is not None):
-        if part.best is not None:
-            flat.offer(np.array(part.best, np.int64))
+        flat.take()
         assert flat.best is not None
         search.begin("neighbourhoods")
         seed += MOST_LINEAGES

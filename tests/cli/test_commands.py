@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -210,6 +211,26 @@ def test_solve_reports_the_exact_cost_and_the_strategies(tmp_path):
     assert set(found) == {"cost", "lower_bound", "gap", "feasible", "seconds", "strategies"}
     assert (found["cost"], found["strategies"], found["feasible"], found["gap"]) == (76, [0, 1], True, 0.0)
     assert "peak usage" in autopar("solve", path).stdout
+
+
+def test_a_deterministic_solve_returns_the_same_choice_each_time(tmp_path):
+    # A dense graph under a limit: too wide to eliminate, so that random search has a part in it.
+    random = np.random.default_rng(5)
+    nodes, pairs = 30, [(u, v) for v in range(30) for u in range(v) if random.random() < 0.4]
+    instance = {
+        "nodes": {
+            "intervals": [[0, 1]] * nodes,
+            "costs": random.integers(1000, size=(nodes, 8)).tolist(),
+            "usages": [list(range(8))] * nodes,
+        },
+        "edges": {"nodes": pairs, "costs": random.integers(1000, size=(len(pairs), 64)).tolist()},
+        "usage_limit": 50,
+    }
+    path = tmp_path / "dense.json"
+    path.write_text(json.dumps({"problem": instance}))
+    one, two = (json_of("solve", path, "--seconds", "0.1", "--deterministic", "--seed", "7") for _ in range(2))
+    assert one["feasible"] and one["gap"] > 0.0
+    assert {**one, "seconds": 0.0} == {**two, "seconds": 0.0}
 
 
 def test_a_calibrated_profile_prices_a_plan_that_runs(tmp_path):

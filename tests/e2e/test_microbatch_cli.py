@@ -38,7 +38,9 @@ WRONG = {
     "--microbatches many is not a number": ("--microbatches", "many"),
     "--chunk head does not parse": ("--chunk", "head"),
     "3 microbatches do not divide the batch of 16": ("--microbatches", "3"),
-    "chunk 'head' in 2 parts says no dimension": ("--chunk", "head=2"),
+    "chunk 'head' says no dimension": ("--chunk", "head=2"),
+    "in 0 parts cannot be": ("--chunk", "head[1]=0"),
+    "the step has no dimension 'vocab'": ("--chunk", "vocab=2"),
     "cannot be": ("--allow", "anything"),
 }
 

@@ -177,3 +177,24 @@ def test_layers_are_put_on_stages_as_the_layout_says_and_results_of_every_exampl
     for a, b in zip(jax.tree.leaves((params, reported)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert [next(iter(params[name].devices())).id for name in sorted(params)] == [0] * 6 + [1] * 2
+
+
+def test_what_every_microbatch_reads_is_donated_by_none() -> None:
+    """A value of the prologue whose last reader is the forward part, with a result of its shape to take its place."""
+
+    def mixed(state: Any, batch: Any) -> Any:
+        mixing = 2 * state["mixing"]
+
+        def loss(weights: Any) -> jax.Array:
+            x = layer_boundary(jnp.tanh((batch["x"] @ mixing) @ weights["w0"]))
+            return jnp.mean((x @ weights["w1"] - batch["y"]) ** 2)
+
+        value, gradients = jax.value_and_grad(loss)(state["weights"])
+        weights = jax.tree.map(lambda w, g: w - 0.5 * g, state["weights"], gradients)
+        return {"mixing": state["mixing"] + 1, "weights": weights}, value
+
+    params, batch = arguments(2 * WIDTH)
+    state = {"mixing": params["w2"], "weights": {name: params[name] for name in ("w0", "w1")}}
+    run = build(mixed, (state, batch), make_schedule("gpipe", 2, 2), "data=1")
+    for a, b in zip(*map(jax.tree.leaves, (run(state, batch), jax.jit(mixed)(state, batch))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

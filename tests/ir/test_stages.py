@@ -15,8 +15,8 @@ from autopar.ir.program import Atom, Constant, Equation, Value, check
 from autopar.ir.stages import Part, Stages, Tag, cut
 from autopar.ir.step import LoopError, around_loop
 from autopar.ir.trace import Traced, trace
-from autopar.lowering.pipeline.build import dispatch_order
 from autopar.lowering.pipeline.cut import microbatched
+from autopar.lowering.pipeline.order import dispatch_order
 from autopar.lowering.time.phased import COMBINE
 from autopar.plan import Splitting
 from autopar.solver.schedule import Kind, Schedule, make_schedule

@@ -13,8 +13,8 @@ from autopar.ir.layers import cluster_layers
 from autopar.ir.program import Value
 from autopar.ir.stages import Part, Stages, Tag, cut
 from autopar.ir.trace import trace
-from autopar.lowering.pipeline.build import PARTS, dispatch_order
 from autopar.lowering.pipeline.cut import microbatched
+from autopar.lowering.pipeline.order import PARTS, dispatch_order
 from autopar.plan import Splitting
 from autopar.solver.schedule import Schedule, make_schedule
 

@@ -1,5 +1,7 @@
 """A state moves between layouts, meshes and numbers of devices; a run goes on as if nothing had happened."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,12 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import autopar
+from autopar.api.pipelining import PipelineStep
 from autopar.errors import PlanError
 from autopar.lowering.morph import morph, parts
 from models import mlp
 
+O0 = {"xla_backend_optimization_level": 0}
 SHAPE = (8, 16)
 SPECS = (
     PartitionSpec(),
@@ -60,6 +64,14 @@ def test_donated_arrays_are_gone_and_those_in_place_are_kept():
     assert state["moves"].is_deleted() and moved["stays"] is state["stays"]
 
 
+def test_a_donated_array_leaves_nothing_behind_that_the_moved_one_needs():
+    whole = np.arange(128, dtype=np.float32).reshape(SHAPE)
+    here = jax.device_put(whole, layout((2, 4), 0, PartitionSpec("a")))
+    moved = morph(here, layout((2, 2), 0, PartitionSpec("a")), donate=True)  # two blocks stay on their devices
+    assert here.is_deleted()
+    np.testing.assert_array_equal(moved, whole)
+
+
 def test_random_keys_move_too():
     keys = jax.random.split(jax.random.key(0), 8)
     moved = morph(jax.device_put(keys, layout((2, 4), 0, PartitionSpec("a"))), layout((2, 2), 4, PartitionSpec("b")))
@@ -91,6 +103,27 @@ def test_a_run_resumed_on_fewer_devices_follows_the_same_losses():
         expected.append(float(metrics["loss"]))
     found = curve(state, batch, step, ("data=2,tensor=4", "data=2,tensor=2"))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_run_resumed_in_other_stages_and_without_stages_follows_the_same_losses():
+    step, state, batch = mlp.make(layers=2, width=16, batch=16, dropout=0.0, optimizer="sgd")
+    stages = functools.partial(autopar.pipeline, step, microbatches=2, compiler_options=O0)
+    runs = (
+        autopar.parallelize(step, mesh="data=2,tensor=2", preset="zero3"),
+        stages(submeshes=2, schedule="1f1b", mesh="data=2"),
+        stages(submeshes=3, schedule="gpipe", mesh="data=1"),
+        autopar.parallelize(step, mesh="data=2"),
+    )
+    reference, one = jax.tree.map(jnp.copy, state), jax.jit(step, compiler_options=O0)
+    for run in runs:
+        pipelined = isinstance(run, PipelineStep)
+        places = (run.compiled(state, batch) if pipelined else run.plan(state, batch)).shardings[0]
+        state = morph(state, places)
+        assert all(jax.tree.leaves(jax.tree.map(lambda x, place: x.sharding == place, state, places)))
+        for _ in range(2):
+            state, metrics = run(state, batch)
+            reference, expected = one(reference, batch)
+            np.testing.assert_allclose(float(metrics["loss"]), expected["loss"], rtol=1e-5)
 
 
 def test_a_checkpoint_of_one_plan_loads_into_another(tmp_path):

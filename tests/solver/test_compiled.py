@@ -9,18 +9,22 @@ from hypothesis import strategies as st
 from slow_twin import brute_force, peak, problems
 from test_solve import wide_step
 
-from autopar.solver import NoChoiceError, Problem, Start, solve
+from autopar.solver import NoChoiceError, Problem, Start, Usage, lineages, narrow, solve
 from autopar.solver.compiled.arrays import graph_of, memory_of
+from autopar.solver.compiled.dominance import undominated
 from autopar.solver.compiled.forests import forest_of, grow, hold_rest, minimise
 from autopar.solver.compiled.moves import repair, state_of
 from autopar.solver.compiled.peaks import add, fill, tree_of, worst_row
 from autopar.solver.compiled.sweeps import cost, excess
 from autopar.solver.flat import Flat, price_by_weights
 from autopar.solver.lineages import improve
-from autopar.solver.part import Part, Search
-from autopar.solver.presolve import forbid_dead, reduce_once
+from autopar.solver.narrow import Settled, guess_the_gap
+from autopar.solver.part import Part, Search, Stopped
+from autopar.solver.presolve import _undominated, forbid_dead, reduce_once
+from autopar.solver.replay import Replay
+from autopar.solver.rows import rows_of
 from autopar.solver.tables import Tables
-from autopar.solver.wide import compile_kernels
+from autopar.solver.wide import close_wide, compile_kernels, improve_free
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -176,9 +180,111 @@ def test_weights_raise_the_bound_and_find_feasible_choices():
     assert flat.best is not None and flat.bound <= flat.best[0]
 
 
-def test_a_deterministic_solve_takes_the_same_steps_each_time_and_a_seed_changes_them():
-    problem = wide_step(limited=True)
-    runs = [solve(problem, seconds=0.4, start=Start(deterministic=True, seed=seed)) for seed in (3, 3, 4)]
+def tangle(nodes: int) -> Problem:
+    """A long graph of short edges, too wide to eliminate; what is live at a time is a stretch of it."""
+    random = np.random.default_rng(7)
+    costs = tuple(random.uniform(size=8) for _ in range(nodes))
+    pairs = {(u, v) for u in range(nodes) for v in random.integers(u + 1, u + 16, 3).tolist() if v < nodes}
+    edges = tuple((u, v, random.uniform(size=(8, 8))) for u, v in sorted(pairs))
+    usages = tuple(Usage(node, node, node + 20, random.permutation(8.0 + np.arange(8))) for node in range(nodes))
+    return Problem(costs, edges, usages, 200.0)
+
+
+@pytest.mark.parametrize("problem", [wide_step(limited=True), tangle(120)], ids=["dense", "long"])
+def test_a_deterministic_solve_takes_the_same_steps_each_time_and_a_seed_changes_them(problem):
+    # Prices, linear and integer programs and neighbourhoods all have a part in it.
+    runs = [solve(problem, seconds=0.1, start=Start(deterministic=True, seed=seed)) for seed in (3, 3, 4)]
     assert runs[0].strategies == runs[1].strategies and runs[0].lower_bound == runs[1].lower_bound
     assert runs[0].stats == runs[1].stats
     assert all(problem.feasible(run.strategies) and run.lower_bound <= run.objective for run in runs)
+
+
+def test_a_stop_reaches_a_chunk_that_has_begun_and_those_that_wait(monkeypatch):
+    # Each chunk alone would take days.
+    monkeypatch.setattr(lineages, "CHUNK_ENTRIES", 10**15)
+    monkeypatch.setattr(lineages, "CHUNK_SWEEPS", 10**12)
+    problem = wide_step(limited=True)
+    flat = flat_of(problem)
+    start = np.zeros(len(problem.nodes), np.int64)
+    polls = itertools.count()
+    flat.part.search.should_stop = lambda: next(polls) > 2
+    with pytest.raises(Stopped):
+        improve(flat, [start] * 6, 60.0, 0)
+    assert flat.best is None or problem.feasible(flat.best[1].tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), seed=st.integers(0, 99))
+def test_a_replay_costs_and_peaks_as_the_problem_says(problem, seed):
+    random = np.random.default_rng(seed)
+    choice = tuple(int(random.integers(len(costs))) for costs in problem.nodes)
+    replay = Replay(problem)
+    assert replay.cost(choice) == problem.cost(choice)
+    assert replay.peak(choice) == pytest.approx(peak(problem, choice), abs=1e-9)
+    assert replay.fits(choice) == (peak(problem, choice) <= problem.limit)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), seed=st.integers(0, 99))
+def test_rows_of_fewer_strategies_are_those_of_the_problem(problem, seed):
+    random = np.random.default_rng(seed)
+    kept = [np.flatnonzero((random.random(len(costs)) < 0.6) | (np.arange(len(costs)) == 0)) for costs in problem.nodes]
+    choice = [int(random.integers(len(labels))) for labels in kept]
+    rows, whole = rows_of(problem).keep(kept), [int(labels[s]) for labels, s in zip(kept, choice, strict=True)]
+    assert rows.usage(choice).tolist() == rows_of(problem).usage(whole).tolist()
+
+
+@settings(max_examples=80, deadline=None)
+@given(problem=problems())
+def test_the_compiled_dominance_drops_what_the_plain_one_drops(problem):
+    try:
+        problem = reduce_once(forbid_dead, problem, Tables())[0]
+    except NoChoiceError:
+        assume(False)
+    near: list[list[np.ndarray]] = [[] for _ in problem.nodes]
+    for u, v, matrix in problem.edges:
+        near[u].append(matrix)
+        near[v].append(matrix.T)
+    for node, costs in enumerate(problem.nodes):
+        used = [usage.bytes for usage in problem.usages if usage.node == node]
+        tables = Tables()
+        around = [tuple(sorted(map(tables.intern, arrays))) for arrays in (near[node], used)]
+        kept = _undominated(tables, tables.intern(costs), *around)
+        expected = np.arange(len(costs)) if kept is None else tables[kept]
+        assert np.flatnonzero(undominated(costs, near[node], used)).tolist() == expected.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems())
+def test_guesses_of_the_gap_bound_the_optimum_and_end_with_it(problem):
+    problem = consistent(problem)
+    optimum, found = brute_force(problem)
+    flat = flat_of(problem)
+    part, bound = flat.part, max(flat.sweep(flat.prices) for _ in range(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(narrow, "FEW_ENTRIES", 0)
+        patch.setattr(narrow, "FIRST_GUESS", 1e-2)
+        better = guess_the_gap(part, Settled(flat.prune, flat.ends, bound), 60.0)
+    assert better == (found is not None)
+    assert part.search.objective == pytest.approx(optimum, rel=1e-6, abs=1e-6)
+    assert found is None or part.search.bound <= optimum + 1e-6 * (1 + abs(optimum))
+
+
+def test_neighbourhoods_improve_a_choice_where_there_is_no_limit():
+    problem = wide_step(limited=False)
+    part = Part(Search(problem, 60.0, 0.0), problem, list, 1.0)
+    part.offer([0] * len(problem.nodes))
+    before = part.search.objective
+    improve_free(part, 0.5)
+    assert part.search.bound <= part.search.objective < 0.9 * before
+    assert part.search.strategies is not None
+    assert part.search.objective == problem.cost(part.search.strategies)
+
+
+def test_a_choice_met_while_prices_are_found_counts_when_time_runs_out():
+    problem = wide_step(limited=True)
+    part, polls = Part(Search(problem, 60.0, 0.0), problem, list, 1.0), itertools.count()
+    part.search.should_stop = lambda: next(polls) > 30
+    with pytest.raises(Stopped):
+        close_wide(part)
+    assert part.search.strategies is not None and problem.feasible(part.search.strategies)

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ from hypothesis import strategies as st
 from slow_twin import brute_force, peak, problems
 
 from autopar.solver import NoChoiceError, Problem, Usage, solve
-from autopar.solver.branch import integer_program
+from autopar.solver.branch import cover, integer_program
 from autopar.solver.clock import Budget
 from autopar.solver.eliminate import elimination_order, minimum_of_sum
 from autopar.solver.messages import Sweeps
+from autopar.solver.milp import polytope
 from autopar.solver.narrow import branch_whole
 from autopar.solver.part import Part, Search
 from autopar.solver.presolve import simplify
@@ -128,6 +131,37 @@ def test_the_integer_program_alone_finds_the_optimum(problem):
         assert problem.feasible(outcome.strategies)
         assert math.isclose(problem.cost(outcome.strategies), optimum, rel_tol=1e-6, abs_tol=1e-6)
         assert outcome.bound <= optimum + 1e-5 * (1 + abs(optimum))
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), seed=st.integers(0, 99))
+def test_a_cover_forbids_the_choice_it_was_made_for_and_none_that_fits(problem, seed):
+    random = np.random.default_rng(seed)
+    chosen = [int(random.integers(len(costs))) for costs in problem.nodes]
+    rows, poly = rows_of(problem), polytope(Problem(problem.nodes))
+    over = np.flatnonzero(rows.usage(chosen) > rows.limit)
+    assume(len(over))
+    variables, most = cover(poly, rows, chosen, int(over[0]))
+
+    def counted(choice: Sequence[int]) -> int:
+        return int(np.isin(poly.first + np.array(choice), variables).sum())
+
+    assert counted(chosen) == most + 1
+    for choice in itertools.product(*[range(len(costs)) for costs in problem.nodes]):
+        assert rows.usage(choice).max(initial=0.0) > rows.limit or counted(choice) <= most
+
+
+@settings(max_examples=40, deadline=None)
+@given(problem=problems(limited=False), below=st.sampled_from([1e-7, 1e-9, 1e-12]))
+def test_a_limit_by_a_hair_below_a_peak_excludes_it_and_is_solved_to_a_proof(problem, below):
+    _, found = brute_force(problem)
+    assume(found is not None)
+    assert found is not None
+    limited = replace(problem, limit=peak(problem, found) * (1.0 - below))
+    optimum, best = brute_force(limited)
+    assume(best is not None)
+    choice = solve(limited, seconds=20.0)
+    assert choice.proven and math.isclose(choice.objective, optimum, rel_tol=1e-8, abs_tol=1e-8)
 
 
 def test_a_hub_that_touches_every_layer_does_not_widen_the_tables():

@@ -65,11 +65,10 @@ def test_a_warm_solve_after_one_pin_computes_little_and_is_the_same_as_a_cold_on
     before = warm.tables.misses
     again = solve(pinned, start=Start(warm=warm))
     assert again.proven and close(again.objective, cold.objective)
-    assert warm.tables.misses - before < cold.stats["tables_computed"]
+    assert 4 * (warm.tables.misses - before) < cold.stats["tables_computed"]
 
 
-@pytest.mark.slow
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problem=problems(), data=st.data())
 def test_alternatives_are_those_of_brute_force(problem, data):
     node = data.draw(st.integers(0, len(problem.nodes) - 1))
@@ -92,8 +91,7 @@ def test_alternatives_of_a_node_that_there_is_not_are_refused():
         alternatives(deep_train_step(1, 2), 10**6, 1)
 
 
-@pytest.mark.slow
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problem=problems(limited=False))
 def test_the_frontier_is_that_of_brute_force(problem):
     spaces = [range(len(costs)) for costs in problem.nodes]

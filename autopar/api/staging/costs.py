@@ -9,15 +9,21 @@ from autopar.api.staging.prepare import prepare_stage
 from autopar.cost import CostModel, overlaps
 from autopar.ir.program import Value
 from autopar.ir.stages import Part as Kind
+from autopar.ir.stages import Stage
 from autopar.lowering.local_program import LocalProgram, Move, Slot, build_local_program
 from autopar.lowering.pipeline.parts import Piece, StageParts, cut_parts
-from autopar.lowering.predict import local_bytes, memory
+from autopar.lowering.predict import collectives, communication_s, flops, local_bytes, memory
 from autopar.lowering.simulate import simulate
+from autopar.plan import Collective, Plan, Prediction
 from autopar.planner.intra import Formulation, Formulator
 from autopar.planner.search import Limits, Prepared, search
+from autopar.planner.space import Space
 from autopar.sharding.lookup import RuleBook
-from autopar.solver import Problem
+from autopar.solver import Choice, Problem
 from autopar.solver.slicing import StageCost
+
+GAP = 1e-3
+"""How close to its optimum a layer is priced: stages are planned whole, and exactly, once they are chosen."""
 
 PASSES = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHTS)
 
@@ -32,22 +38,29 @@ class Frugal:
         plain: formulates without that price.
         turns: the last equations of the forward and of the backward pass.
         price_s_per_byte: the price.
+        known: what the plain one formulates, if that is known: several prices share it.
     """
 
     plain: Formulator
     turns: tuple[int, ...]
     price_s_per_byte: float
+    known: Formulation | None = None
 
     @property
     def cost(self) -> CostModel:
         """Prices the submesh."""
         return self.plain.cost
 
+    @property
+    def space(self) -> Space:
+        """The choices."""
+        return self.plain.space
+
     def formulate(self, limit_bytes: float | None = None, allowed: Mapping | None = None) -> Formulation:
         """The problem with the price of memory in the costs of its nodes, and no limit."""
-        found = self.plain.formulate(0.0, allowed)
+        found = self.known if self.known and not allowed else self.plain.formulate(0.0, allowed)
         nodes = list(found.problem.nodes)
-        for usage in found.problem.usages:
+        for usage in found.problem.usages if self.price_s_per_byte else ():
             if any(usage.lo <= turn < usage.hi for turn in self.turns):
                 nodes[usage.node] = nodes[usage.node] + self.price_s_per_byte * usage.bytes
         return replace(found, problem=Problem(tuple(nodes), found.problem.edges))
@@ -66,9 +79,9 @@ class Priced:
     prepared: Prepared
 
     @staticmethod
-    def of(part: Part, cost: CostModel, microbatches: int) -> "Priced":
-        """Lays the stage's program out."""
-        return Priced(part, prepare_stage(part.stage, cost, microbatches))
+    def of(part: Part, cost: CostModel, microbatches: int, rules: RuleBook | None = None) -> "Priced":
+        """Lays the stage's program out; ``rules`` are those that other parts looked up."""
+        return Priced(part, replace(prepare_stage(part.stage, cost, microbatches), rules=rules or RuleBook()))
 
     def costs(self, cost: CostModel, prices_s_per_byte: Sequence[float]) -> tuple[StageCost, ...]:
         """What the stage costs on a submesh, planned once for each price of memory.
@@ -77,25 +90,47 @@ class Priced:
             cost: prices the submesh.
             prices_s_per_byte: seconds of a step that a byte of a device is worth; 0 plans for speed alone.
         """
-        formulator = Formulator(self.prepared.graph, cost)
-        found = []
+        formulator, turns = Formulator(self.prepared.graph, cost), _turns(self.prepared, self.part.stage)
+        known, found = formulator.formulate(0.0), []
         for price_s_per_byte in prices_s_per_byte:
-            own = Frugal(formulator, self._turns(), price_s_per_byte) if price_s_per_byte else formulator
-            prepared = replace(self.prepared, formulator=own, rules=RuleBook())  # type: ignore[arg-type]
-            found.append(_Prices.of(prepared, cost, self.part).stage_cost())
+            own = replace(self.prepared, formulator=Frugal(formulator, turns, price_s_per_byte, known))  # type: ignore[arg-type]
+            found.append(Prices.of(own, search(own, Limits(relative_gap=GAP)), self.part).stage_cost())
         return tuple(found)
 
-    def _turns(self) -> tuple[int, ...]:
-        tags, last = self.part.stage.tags, {}
-        for position, eqn in enumerate(self.prepared.graph.program.equations):
-            if eqn in tags and tags[eqn].part in PASSES:
-                last[tags[eqn].part == Kind.FORWARD] = position
-        return tuple(last.values())
+
+def unit_price_s_per_byte(alone: StageCost, microbatches: int) -> float:
+    """The price at which one percent of memory is worth one percent of speed, by what a stage costs on one device."""
+    step_s = microbatches * (alone.forward_s + alone.backward_s + alone.weight_s)
+    return step_s / max(alone.state_bytes, 1.0)
+
+
+def frugal(prepared: Prepared, stage: Stage, price_s_per_byte: float) -> Prepared:
+    """The same stage, ready to be planned with a price on memory: see ``Frugal``."""
+    if not price_s_per_byte:
+        return prepared
+    own = Frugal(prepared.formulator, _turns(prepared, stage), price_s_per_byte)
+    return replace(prepared, formulator=own)  # type: ignore[arg-type]
+
+
+def _turns(prepared: Prepared, stage: Stage) -> tuple[int, ...]:
+    last: dict[bool, int] = {}
+    for position, eqn in enumerate(prepared.graph.program.equations):
+        if eqn in stage.tags and stage.tags[eqn].part in PASSES:
+            last[stage.tags[eqn].part == Kind.FORWARD] = position
+    return tuple(last.values())
 
 
 @dataclass(frozen=True, eq=False)
-class _Prices:
-    """A planned stage, cut into its pieces."""
+class Prices:
+    """A planned stage, cut into its pieces.
+
+    Attributes:
+        part: the stage and the cut that it is from.
+        local: its local program.
+        parts: its pieces.
+        cost: prices its submesh.
+        once_s: seconds of each equation, each time that it runs, by name.
+    """
 
     part: Part
     local: LocalProgram
@@ -104,17 +139,44 @@ class _Prices:
     once_s: Mapping[str, float]
 
     @staticmethod
-    def of(prepared: Prepared, cost: CostModel, part: Part) -> "_Prices":
-        plan, formulation, choice = search(prepared, Limits())
+    def of(prepared: Prepared, found: tuple[Plan, Formulation, Choice], part: Part) -> "Prices":
+        """Lowers what was found for a stage."""
+        plan, formulation, choice = found
+        graph, cost = prepared.graph, prepared.formulator.cost
         local = build_local_program(prepared.traced.program, plan, cost, prepared.rules)
-        graph = prepared.graph
         times = {eqn.name: n for eqn, n in zip(graph.program.equations, graph.times, strict=True)}
         seconds = equation_seconds(formulation, choice)
         once_s = {name: each / times[name] for name, each in seconds.items()}
         varying = part.stages.varying
-        return _Prices(part, local, cut_parts(local, part.stage, varying), cost, once_s)
+        return Prices(part, local, cut_parts(local, part.stage, varying), cost, once_s)
+
+    def prediction(self, microbatches: int, peak_bytes: float) -> Prediction:
+        """What a step of so many microbatches costs one device of the stage, bubbles aside.
+
+        Args:
+            microbatches: how often the loop's pieces run.
+            peak_bytes: memory of the device, which may hold other stages too.
+        """
+        runs = [(p, microbatches if p.tag.part.per_microbatch else 1) for p in self.parts.pieces]
+        sent: dict[tuple[str, tuple[str, ...]], Collective] = {}
+        for piece, n in runs:
+            for one in collectives(piece.local):
+                before = sent.get((one.kind, one.axes), replace(one, nbytes=0.0, count=0))
+                sent[one.kind, one.axes] = replace(
+                    one, nbytes=before.nbytes + n * one.nbytes, count=before.count + n * one.count
+                )
+        return Prediction(
+            step_s=sum(n * self._run_s(p) for p, n in runs),
+            compute_s=sum(n * self._compute_s(p) for p, n in runs),
+            communication_s=sum(n * communication_s(p.local) for p, n in runs),
+            peak_bytes=peak_bytes,
+            state_bytes=self._bytes(self._persistent()),
+            flops=sum(n * flops(p.local) for p, n in runs),
+            collectives=tuple(sent.values()),
+        )
 
     def stage_cost(self) -> StageCost:
+        """The pieces' seconds and bytes as the search over stages takes them."""
         pieces = self.parts.pieces
         rare = [piece for piece in pieces if not piece.tag.part.per_microbatch]
         sync_s = sum(i.resharding.cost_s for p in rare for i in p.local.instructions if isinstance(i, Move))
@@ -128,6 +190,9 @@ class _Prices:
             activation_bytes_per_microbatch=saved_bytes,
             peak_extra_bytes=max(self._extra_bytes(p, kept | saved, saved_bytes) for p in pieces),
         )
+
+    def _compute_s(self, piece: Piece) -> float:
+        return self._serial_s(piece) - communication_s(piece.local)
 
     def _run_s(self, piece: Piece) -> float:
         return simulate(piece.local, self.once_s, overlap=overlaps(self.cost)).makespan_s
@@ -162,7 +227,8 @@ class _Prices:
     def _extra_bytes(self, piece: Piece, counted: frozenset[Slot], saved_bytes: float) -> float:
         """What a piece needs beyond what is counted; an update runs when no activations are kept."""
         inputs, own = piece.local.inputs, piece.tag.part.per_microbatch
-        inside = memory(piece.local, self.cost).peak_bytes - self._bytes(frozenset(inputs))
+        local = replace(piece.local, outputs=piece.kept)  # a term of a sum dies as it is added up
+        inside = memory(local, self.cost).peak_bytes - self._bytes(frozenset(inputs))
         ends = frozenset((*inputs, *(piece.kept if own else ()))) - counted
         return max(inside + self._bytes(ends) - (0.0 if own else saved_bytes), 0.0)
 

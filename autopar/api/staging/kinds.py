@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.ir.layers import Layers, free_values
 from autopar.ir.program import Atom, Constant, Equation, Value
@@ -29,6 +29,12 @@ class Part:
     def stage(self) -> Stage:
         """The stage."""
         return self.stages.stages[self.index]
+
+    def scattering(self) -> "Part":
+        """The same stage, whose gradients are scattered in every microbatch."""
+        stages = list(self.stages.stages)
+        stages[self.index] = replace(self.stage, scatters=True)
+        return Part(replace(self.stages, stages=tuple(stages)), self.index)
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,31 @@ Here each *kind* of layer is planned once for each submesh, and a stage costs th
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from autopar.api.planning import detect_hardware, traced_in_time
 from autopar.api.splitting import splitting_of
-from autopar.api.staging.costs import Priced
+from autopar.api.staging.costs import Priced, unit_price_s_per_byte
 from autopar.api.staging.kinds import Part, crossing_bytes, layer_kinds, parts_of_kinds, tied_arguments
-from autopar.api.staging.tables import LayerTables
+from autopar.api.staging.links import ONE_DEVICE
+from autopar.api.staging.tables import LayerFacts, LayerTables
 from autopar.cluster import Cluster, Mesh
 from autopar.cost import RooflineCost, flops_of, hardware
-from autopar.errors import AutoparError
 from autopar.ir.arguments import adapt
 from autopar.ir.layers import Layers, cluster_layers
 from autopar.ir.step import Step
 from autopar.ir.trace import Traced
+from autopar.lowering.pipeline.build import Layout
 from autopar.lowering.pipeline.cut import microbatched
-from autopar.plan import Splitting
+from autopar.lowering.time.microbatch import batch_arguments
+from autopar.plan import RunnerUp, Splitting
+from autopar.sharding.lookup import RuleBook
+from autopar.solver.schedule import make_schedule
 from autopar.solver.slicing import Slicing, SlicingProblem, StageCost, Submesh, slice_stages
 
-
-class StagingError(AutoparError, ValueError):
-    """A pipeline that cannot be searched for, or cannot run as it was planned."""
+MICROBATCHES = (4, 8, 16)
+"""Numbers that are tried where nobody says, as far as they divide the batch."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Search:
     Attributes:
         devices: how many devices there are; fewer may be used.
         hardware: a profile's name or file; None means that of the devices that JAX sees.
-        microbatches: numbers of microbatches to try.
+        microbatches: numbers of microbatches to try; empty for those of 4, 8 and 16 that divide the batch.
         schedules: names of schedules to try.
         memory_gb: memory of one device in 1e9 bytes; None means that of the profile.
         layers: into how many layers of equal work the step is cut before they are put together to stages.
@@ -54,7 +57,7 @@ class Search:
 
     devices: int
     hardware: str | None = None
-    microbatches: tuple[int, ...] = (4, 8, 16)
+    microbatches: tuple[int, ...] = ()
     schedules: tuple[str, ...] = ("1f1b",)
     memory_gb: float | None = None
     layers: int = 8
@@ -77,6 +80,14 @@ class Search:
         """How to split the step."""
         return splitting_of(microbatches, (), self.batch, self.allow)
 
+    def numbers(self, traced: Traced) -> tuple[int, ...]:
+        """Into how many microbatches the batch of a step may be split; none are doubled."""
+        if self.microbatches:
+            return tuple(dict.fromkeys(self.microbatches))
+        sizes = [value.shape[0] for value in batch_arguments(traced, self.batch)]
+        usual = tuple(m for m in MICROBATCHES if all(size % m == 0 for size in sizes))
+        return usual or (max(m for m in range(1, MICROBATCHES[0]) if all(size % m == 0 for size in sizes)),)
+
 
 @dataclass(frozen=True)
 class Seconds:
@@ -97,7 +108,12 @@ class Seconds:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.trace + self.layers + self.intra + self.slicing
+        return sum(self.by_part.values())
+
+    @property
+    def by_part(self) -> dict[str, float]:
+        """The parts by name."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ class StagesPlan:
     Attributes:
         slicing: stages, microbatches, schedule, what is predicted, and the runner-ups.
         kinds: the kind of each layer: equal numbers for equal layers.
-        meshes: the mesh of each submesh, by its name.
+        variants: submeshes by name, and how stages are planned on them.
         search: what it was chosen from.
         hardware: the profile that priced it.
         n_problems: how many intra-operator problems were solved for it.
@@ -116,7 +132,7 @@ class StagesPlan:
 
     slicing: Slicing
     kinds: tuple[int, ...]
-    meshes: Mapping[str, Mesh]
+    variants: Mapping[str, "Variant"]
     search: Search
     hardware: str
     n_problems: int
@@ -128,46 +144,33 @@ class StagesPlan:
         """The predicted step."""
         return self.slicing.total_s
 
-    @property
-    def stage_of_layer(self) -> tuple[int, ...]:
-        """The stage of each layer."""
-        sizes = (stage.last_layer - stage.first_layer + 1 for stage in self.slicing.stages)
-        return tuple(k for k, size in enumerate(sizes) for _ in range(size))
+    def layout(self, slicing: Slicing | None = None) -> tuple[Layout, tuple[float, ...]]:
+        """How to run a slicing (the best one unless given), and the price of memory of each of its stages."""
+        found = slicing or self.slicing
+        schedule = make_schedule(found.schedule, found.n_pipeline_devices, found.microbatches, found.n_chunks)
+        places = {stage.device: self.variants[stage.submesh.name].mesh for stage in found.stages}
+        sizes = (stage.last_layer - stage.first_layer + 1 for stage in found.stages)
+        layout = Layout(
+            schedule,
+            tuple(places[device] for device in range(schedule.n_devices)),
+            tuple(k for k, size in enumerate(sizes) for _ in range(size)),
+            self.search.splitting(found.microbatches),
+        )
+        return layout, tuple(self.variants[stage.submesh.name].frugality for stage in found.stages)
 
-    def pipeline_options(self) -> dict[str, Any]:
-        """What ``autopar.pipeline`` takes to run this plan.
-
-        Raises:
-            StagingError: its submeshes differ; ``autopar.pipeline`` takes one mesh for all stages.
-        """
-        meshes = {self.meshes[stage.submesh.name] for stage in self.slicing.stages}
-        if len(meshes) > 1:
-            raise StagingError(
-                f"stages on meshes {', '.join(sorted(map(str, meshes)))}",
-                where="autopar.pipeline takes one mesh for all stages",
-                fix="plan with a schedule of equal submeshes, such as interleaved, or with another number of devices",
-            )
-        (mesh,) = meshes
-        found = self.slicing
-        return {
-            "mesh": str(mesh),
-            "submeshes": found.n_pipeline_devices,
-            "schedule": found.schedule,
-            "microbatches": found.microbatches,
-            "chunks": found.n_chunks,
-            "stage_of_layer": self.stage_of_layer,
-            "static_argnums": self.search.static_argnums,
-            "hardware": self.search.hardware,
-            "batch": self.search.batch,
-            "allow": self.search.allow,
-        }
-
-    def __str__(self) -> str:
-        return "\n".join([*_headline(self), *_stage_rows(self.slicing), *_runner_up_rows(self.slicing)])
+    def runner_ups(self, chosen: Slicing) -> tuple[RunnerUp, ...]:
+        """The other slicings, best first, and how they differ from the chosen one."""
+        best = self.slicing
+        others = [best, *best.runner_ups]
+        return tuple(
+            RunnerUp(other.total_s, other.total_s / chosen.total_s - 1, tuple(_differences(chosen, other)))
+            for other in others
+            if other.stages is not chosen.stages
+        )
 
 
-def plan_stages(step: Callable[..., Any], *args: Any, **options: Any) -> StagesPlan:
-    """The best pipeline for ``step(*args)``; shapes suffice, nothing runs and no device is touched.
+def search_stages(step: Callable[..., Any], *args: Any, **options: Any) -> StagesPlan:
+    """The best slicing of ``step(*args)`` in stages, priced layer by layer; ``autopar.plan_stages`` plans its stages.
 
     Args:
         step: a train step: a pure function of pytrees, or one that updates Flax NNX objects.
@@ -180,45 +183,40 @@ def plan_stages(step: Callable[..., Any], *args: Any, **options: Any) -> StagesP
     """
     search = Search(**options)
     traced, trace_s = traced_in_time(adapt(step, args, search.static_argnums))
-    return plan_traced_stages(traced, trace_s, search)
+    return search_traced(traced, trace_s, search)
 
 
-def plan_traced_stages(traced: Traced, trace_s: float, search: Search) -> StagesPlan:
+def search_traced(traced: Traced, trace_s: float, search: Search) -> StagesPlan:
     """The best pipeline for a traced step."""
     cluster, layers_s, intra_s = search.cluster(), 0.0, 0.0
     variants = submeshes(cluster, search)
     runs: dict[tuple[str, int], dict[tuple[int, ...], StageCost]] = {}
     layered: dict[int, Layered] = {}
-    for m in dict.fromkeys(search.microbatches):
+    numbers, rules = search.numbers(traced), RuleBook()
+    for m in numbers:
         start = time.process_time()
         layered[m] = Layered.of(microbatched(traced, search.splitting(m)), search.layers)
         middle = time.process_time()
-        runs.update(priced(layered[m].parts, variants, cluster, m))
+        runs.update(priced(layered[m].parts, variants, cluster, m, rules))
         layers_s, intra_s = layers_s + middle - start, intra_s + time.process_time() - middle
-    start, one = time.process_time(), next(iter(layered.values()))
-    tables = LayerTables(
-        one.kinds,
-        runs,
-        one.gradient_bytes,
-        {m: found.boundary_bytes for m, found in layered.items()},
-        tied_arguments(one.step, one.layers),
-        cluster,
-    )
+    start = time.process_time()
+    tables = LayerTables({m: found.facts() for m, found in layered.items()}, runs, cluster)
     problem = SlicingProblem(
         tables,
-        len(one.kinds),
+        search.layers,
         search.devices,
         tuple(variant.submesh for variant in variants),
-        search.microbatches,
+        numbers,
         search.schedules,
         chunks=search.chunks,
         memory_bytes=cluster.device.memory_bytes,
     )
     slicing = slice_stages(problem, search.runner_ups)
     seconds = Seconds(trace_s, layers_s, intra_s, time.process_time() - start)
-    meshes = {variant.submesh.name: variant.mesh for variant in variants}
+    named = {variant.submesh.name: variant for variant in variants}
     n_problems = sum(map(len, runs.values()))
-    return StagesPlan(slicing, one.kinds, meshes, search, cluster.name, n_problems, seconds, problem)
+    kinds = layered[slicing.microbatches].kinds
+    return StagesPlan(slicing, kinds, named, search, cluster.name, n_problems, seconds, problem)
 
 
 # -- layers
@@ -249,11 +247,11 @@ class Layered:
         kinds = layer_kinds(step, layers)
         return Layered(step, layers, kinds, parts_of_kinds(step, layers, kinds), crossing_bytes(step, layers))
 
-    @property
-    def gradient_bytes(self) -> tuple[int, ...]:
-        """What each layer adds up over the microbatches."""
+    def facts(self) -> LayerFacts:
+        """What the tables of costs take of it."""
         each = {kind: sum(v.nbytes for v in self.parts[kind,].stage.summed) for kind in set(self.kinds)}
-        return tuple(each[kind] for kind in self.kinds)
+        gradients = tuple(each[kind] for kind in self.kinds)
+        return LayerFacts(self.kinds, gradients, self.boundary_bytes, tied_arguments(self.step, self.layers))
 
 
 # -- submeshes
@@ -310,16 +308,19 @@ def _shapes(n_devices: int, host: int) -> tuple[Mesh, ...]:
 
 
 def priced(
-    parts: Mapping[tuple[int, ...], Part], variants: Sequence[Variant], cluster: Cluster, microbatches: int
+    parts: Mapping[tuple[int, ...], Part],
+    variants: Sequence[Variant],
+    cluster: Cluster,
+    microbatches: int,
+    rules: RuleBook | None = None,
 ) -> dict[tuple[str, int], dict[tuple[int, ...], StageCost]]:
     """What every part costs under every variant, by (name of the submesh, microbatches) and run of kinds."""
     found: dict[tuple[str, int], dict[tuple[int, ...], StageCost]] = {}
-    one = RooflineCost(cluster, Mesh((("data", 1), ("tensor", 1))))
+    one = RooflineCost(cluster, ONE_DEVICE)
     for run, part in parts.items():
-        stages = Priced.of(part, one, microbatches)
+        stages = Priced.of(part, one, microbatches, rules)
         (alone,) = stages.costs(one, [0.0])
-        step_s = microbatches * (alone.forward_s + alone.backward_s + alone.weight_s)
-        unit_s_per_byte = step_s / max(alone.state_bytes, 1.0)
+        unit_s_per_byte = unit_price_s_per_byte(alone, microbatches)
         for mesh in dict.fromkeys(variant.mesh for variant in variants):
             here = [variant for variant in variants if variant.mesh == mesh]
             prices = [variant.frugality * unit_s_per_byte for variant in here]
@@ -330,39 +331,6 @@ def priced(
 
 
 # -- text
-
-
-def _headline(plan: StagesPlan) -> list[str]:
-    found, seconds = plan.slicing, plan.seconds
-    used = sum({stage.device: stage.submesh.n_devices for stage in found.stages}.values())
-    return [
-        f"{found.schedule}, {found.microbatches} microbatches, {len(found.stages)} stages on {used} of "
-        f"{plan.search.devices} devices ({plan.hardware}): {_time(found.total_s)} a step",
-        f"  busiest {_time(found.bottleneck_s)}, filling {_time(found.fill_s)}, update {_time(found.once_s)}",
-        f"  {len(plan.kinds)} layers of {len(set(plan.kinds))} kinds, {plan.n_problems} layer plans; planned in "
-        f"{seconds.total:.1f} s: trace {seconds.trace:.1f}, layers {seconds.layers:.1f}, intra {seconds.intra:.1f}, "
-        f"slicing {seconds.slicing:.1f}",
-    ]
-
-
-def _stage_rows(slicing: Slicing) -> list[str]:
-    width = max(len(stage.submesh.name) for stage in slicing.stages)
-    rows = [f"  stage  layers   {'submesh':{width}}       busy     bubble   memory GB  sent GB"]
-    for k, stage in enumerate(slicing.stages):
-        layers = f"{stage.first_layer}-{stage.last_layer}"
-        rows.append(
-            f"  {k:5}  {layers:7}  {stage.submesh.name:{width}} {_time(stage.busy_s):>10} {_time(stage.bubble_s):>10}"
-            f" {stage.peak_bytes / 1e9:11.2f} {stage.sent_bytes / 1e9:8.3f}"
-        )
-    return rows
-
-
-def _runner_up_rows(slicing: Slicing) -> list[str]:
-    rows = ["  runner-ups:"] if slicing.runner_ups else []
-    for other in slicing.runner_ups:
-        slower = other.total_s / slicing.total_s - 1
-        rows.append(f"    {_time(other.total_s)} ({slower:+.1%}): {', '.join(_differences(slicing, other))}")
-    return rows
 
 
 def _differences(best: Slicing, other: Slicing) -> list[str]:
@@ -380,7 +348,3 @@ def _submeshes_of(slicing: Slicing) -> str:
     for stage in slicing.stages:
         counts[stage.submesh.name] = counts.get(stage.submesh.name, 0) + 1
     return " + ".join(f"{n} of {name}" for name, n in counts.items())
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -1,31 +1,31 @@
 """Compiles a step into a pipeline of stages on submeshes, and runs it in the order of a schedule."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from autopar.cluster import Mesh
 from autopar.ir.body import ancestors
 from autopar.ir.program import Atom, Constant, Value
-from autopar.ir.stages import Part, Stage, Stages, Tag
+from autopar.ir.stages import Part, Stage, Stages
 from autopar.ir.trace import Traced
 from autopar.lowering.local_program import LocalProgram, Slot
 from autopar.lowering.pipeline.compile import StageRunner, compile_piece, slot_sharding, zeros_of
 from autopar.lowering.pipeline.cut import PipelineError, into_stages, microbatched
+from autopar.lowering.pipeline.order import Calls, order_calls
 from autopar.lowering.pipeline.parts import StageParts, cut_parts
 from autopar.lowering.pipeline.send import send
-from autopar.lowering.pipeline.step import ONCE, Call, Shift, StepRun
+from autopar.lowering.pipeline.step import Call, Shift, StepRun
+from autopar.lowering.processes import absent, everywhere, is_here, is_the_same
 from autopar.lowering.spmd import copies, device_mesh
 from autopar.plan import Splitting
-from autopar.solver.schedule import Kind, Schedule, Task
-from autopar.solver.schedule.data import MOVES
-
-PARTS = {Kind.FORWARD: Part.FORWARD, Kind.BACKWARD: Part.BACKWARD, Kind.WEIGHT: Part.WEIGHTS}
-"""What a task of a schedule runs."""
+from autopar.solver.schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Compiled:
     runners: tuple[StageRunner, ...]
     meshes: tuple[jax.sharding.Mesh, ...]
     schedule: Schedule
-    calls: "Calls"
+    calls: Calls
     constants: Mapping[Value, Any]
     donate: bool
     peaks: list[int] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Compiled:
         for call in self.calls.update:
             _watched(run, call, True, watch)
         self.peaks[:] = [run.peak.get(device, 0) for device in range(self.schedule.n_devices)]
-        return [self._result(run, atom) for atom in self.cut.step.outputs]
+        return self._readable([self._result(run, atom) for atom in self.cut.step.outputs])
 
     def start(self, leaves: Sequence[Any]) -> StepRun:
         """A step whose arguments are in place, and of which nothing has run."""
@@ -105,6 +105,38 @@ class Compiled:
             placed.append({slot: send(array, slot_sharding(slot, runner.mesh)) for slot, array in read})
         return placed
 
+    @property
+    def shardings(self) -> Any:
+        """Where each argument is read first, or lives between steps, in the structure of the arguments.
+
+        What ``autopar.morph`` wants, to go on with the state of another plan: ``morph(state, compiled.shardings[0])``.
+        """
+        step, runners = self.cut.step, self.runners[: len(self.cut.stages)]
+        unread, places = NamedSharding(self.meshes[0], PartitionSpec()), []
+        for value in step.inputs[: self.traced.in_tree.num_leaves]:
+            readers = [i for i, runner in enumerate(runners) if value in runner.parts.inputs]
+            homes = [self.cut.home[value]] if self.cut.home.get(value) in readers else readers
+            places += [slot_sharding(runners[i].parts.inputs[value], runners[i].mesh) for i in homes[:1]] or [unread]
+        return jax.tree.unflatten(self.traced.in_tree, places)
+
+    def init(self, init_fn: Callable[..., Any], *args: Any) -> Any:
+        """Runs ``init_fn(*args)`` so that every array of the state is born on its stage, whole on no host.
+
+        Args:
+            init_fn: makes the state, the first argument of the step.
+            *args: its arguments, such as a key; of several processes, the same in each.
+        """
+        places, structure = jax.tree.flatten(self.shardings[0])
+        shapes, leaves = jax.tree.leaves(jax.eval_shape(init_fn, *args)), {}
+        for mesh in dict.fromkeys(place.mesh for place in places):
+            own = [i for i, place in enumerate(places) if place.mesh == mesh]
+            if is_here(places[own[0]]):
+                some = jax.jit(_leaves_of(init_fn, own), out_shardings=[places[i] for i in own])
+                leaves |= zip(own, some(*args), strict=True)
+            else:
+                leaves |= {i: absent(shapes[i].shape, shapes[i].dtype, places[i]) for i in own}
+        return jax.tree.unflatten(structure, [leaves[i] for i in range(len(places))])
+
     def _place(self, run: StepRun, arguments: Mapping[Value, Any]) -> None:
         seen: set[int] = set()
         for index, runner in enumerate(self.runners):
@@ -117,7 +149,8 @@ class Compiled:
                 seen.add(id(array))
             # device_put may keep a shard of its source: only a program's results are surely new buffers.
             held = run.held(index)
-            held.update(zip(shared, copies([held[slot] for slot in shared]), strict=True))
+            if shared and is_here(held[shared[0]].sharding):
+                held.update(zip(shared, copies([held[slot] for slot in shared]), strict=True))
 
     def _result(self, run: StepRun, atom: Atom) -> Any:
         if isinstance(atom, Constant):
@@ -127,6 +160,29 @@ class Compiled:
         parts = {total: part for part, total in self.cut.step.sums.items()}
         stage = self.cut.maker[atom]
         return run.held(stage)[self.runners[stage].parts.outputs[parts.get(atom, atom)]]
+
+    def _readable(self, results: list[Any]) -> list[Any]:
+        """The results, with numbers that some process has not (a loss, a count of steps) in all of them."""
+        missing = [i for i, result in enumerate(results) if self._is_missing_somewhere(result)]
+        if missing:
+            for i, array in zip(missing, everywhere([results[i] for i in missing], self.devices), strict=True):
+                results[i] = array
+        return results
+
+    def _is_missing_somewhere(self, result: Any) -> bool:
+        stays = not isinstance(result, jax.Array) or not isinstance(result.sharding, NamedSharding)
+        if stays or result.shape or jnp.issubdtype(result.dtype, jax.dtypes.extended):
+            return False
+        return {d.process_index for d in result.sharding.device_set} != {d.process_index for d in self.devices}
+
+    @functools.cached_property
+    def devices(self) -> tuple[Any, ...]:
+        """All devices of the pipeline."""
+        return _all_devices(self.meshes)
+
+
+def _leaves_of(function: Callable[..., Any], positions: Sequence[int]) -> Callable[..., list[Any]]:
+    return lambda *args: [jax.tree.leaves(function(*args))[i] for i in positions]
 
 
 def _watched(run: StepRun, call: Call, last: bool, watch: Callable[[Call, list[jax.Array]], None] | None) -> None:
@@ -181,11 +237,16 @@ def build_pipeline(
     _check_devices(len(meshes), schedule)
     places = [meshes[device] for device in schedule.placements[0]]
     programs = [plan_stage(s, mesh, schedule.n_microbatches) for s, mesh in zip(stages.stages, places, strict=True)]
-    rest, submeshes = list(jax.devices() if devices is None else devices), []
+    return compile_pipeline(traced, stages, programs, submeshes(meshes, devices), schedule, settings)
+
+
+def submeshes(meshes: Sequence[Mesh], devices: Sequence[Any] | None = None) -> list[jax.sharding.Mesh]:
+    """The devices of each submesh, one after the other; raises MeshError where there are too few."""
+    rest, found = list(jax.devices() if devices is None else devices), []
     for mesh in meshes:
-        submeshes.append(device_mesh(mesh, rest))
+        found.append(device_mesh(mesh, rest))
         rest = rest[mesh.n_devices :]
-    return compile_pipeline(traced, stages, programs, submeshes, schedule, settings)
+    return found
 
 
 def compile_pipeline(
@@ -207,9 +268,10 @@ def compile_pipeline(
         settings: "donate": whether buffers are reused, those of the state too (True); "compiler_options": for XLA.
 
     Raises:
-        PipelineError: numbers or shapes differ.
+        PipelineError: numbers or shapes differ, or what several processes have planned.
     """
     _check_sizes(local_programs, meshes, schedule)
+    _check_processes(local_programs, meshes)
     settings = settings or {}
     donate = settings.get("donate", True) and len(schedule.placements) == 1
     pairs = zip(local_programs, stages.stages, strict=True)
@@ -276,6 +338,24 @@ def _check_sizes(
                 )
 
 
+def _check_processes(local_programs: Sequence[LocalProgram], meshes: Sequence[jax.sharding.Mesh]) -> None:
+    """All processes with devices of the pipeline must have planned the same."""
+    devices = _all_devices(meshes)
+    if len({device.process_index for device in devices}) == 1:
+        return
+    slots = [repr(slot) for local in local_programs for i in local.instructions for slot in (*i.inputs, *i.outputs)]
+    if not is_the_same(hashlib.sha256("\n".join(slots).encode()).hexdigest(), devices):
+        raise PipelineError(
+            "the processes have planned different stages",
+            where=f"process {jax.process_index()} of {jax.process_count()}",
+            fix="plan in one process, save the plan, and load it in all: autopar.pipeline(step, plan=...)",
+        )
+
+
+def _all_devices(meshes: Sequence[jax.sharding.Mesh]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(device for mesh in meshes for device in mesh.devices.flat))
+
+
 def _own(index: int, part: StageParts, parts: Sequence[StageParts], stages: Stages) -> list[Slot]:
     """Slots whose arrays are this stage's alone: first state that stays here, then what is made here and not sent."""
 
@@ -283,61 +363,13 @@ def _own(index: int, part: StageParts, parts: Sequence[StageParts], stages: Stag
         readers = sum(slot.value in other.inputs for other in parts)
         return part.inputs.get(slot.value) is slot and readers == 1 and stages.home.get(slot.value) == index
 
+    def again(slot: Slot) -> bool:
+        """Whether the next microbatch reads it, too."""
+        return part.last_reader[slot].part.per_microbatch and slot.value not in stages.varying
+
     ends = {*part.inputs.values(), *part.outputs.values()}
-    return [*filter(stays, part.last_reader), *(slot for slot in part.last_reader if slot not in ends)]
-
-
-@dataclass(frozen=True)
-class Calls:
-    """What a step dispatches, in order.
-
-    Attributes:
-        prologue: before the loop.
-        tasks: in the loop, each with whether it is the last of its piece.
-        update: after it.
-    """
-
-    prologue: tuple[Call, ...]
-    tasks: tuple[tuple[Call | Shift, bool], ...]
-    update: tuple[Call, ...]
-
-
-def order_calls(runners: Sequence[StageRunner], schedule: Schedule) -> Calls:
-    """Prologues, tasks and updates in an order that runs no piece before what it reads."""
-    tasks: list[Call | Shift] = []
-    for task in dispatch_order(schedule):
-        replica = schedule.replica_of[task.microbatch]
-        device = schedule.device_of(task)
-        if task.kind in MOVES:
-            keeper = schedule.partners[device] if task.kind is Kind.EVICT else device
-            tasks.append(Shift(task.stage, task.microbatch, keeper))
-        else:
-            tags = [Tag(PARTS[task.kind])]
-            if task.kind is Kind.BACKWARD and (task.stage, task.microbatch) not in schedule.split:
-                tags.append(Tag(Part.WEIGHTS))
-            present = [tag for tag in tags if tag in runners[task.stage].pieces]
-            tasks += [Call(task.stage, tag, task.microbatch, replica) for tag in present]
-    last = {(call.stage, call.tag): i for i, call in enumerate(tasks) if isinstance(call, Call)}
-    marked = tuple((c, isinstance(c, Call) and last[c.stage, c.tag] == i) for i, c in enumerate(tasks))
-    return Calls(_rounds(runners, Part.PROLOGUE), marked, _rounds(runners, Part.UPDATE))
-
-
-def _rounds(runners: Sequence[StageRunner], part: Part) -> tuple[Call, ...]:
-    found = [(tag, runner.replica, runner.stage) for runner in runners for tag in runner.pieces if tag.part == part]
-    return tuple(Call(stage, tag, ONCE, replica) for tag, replica, stage in sorted(found))
-
-
-def dispatch_order(schedule: Schedule) -> list[Task]:
-    """All tasks in one line: each device's in its order, the devices in turn as what they wait for has been passed."""
-    waiting = [list(reversed(order)) for order in schedule.tasks]
-    done: set[Task] = set()
-    found: list[Task] = []
-    while any(waiting):
-        ready = [row for row in waiting if row and done.issuperset(schedule.dependencies(row[-1]))]
-        assert ready, f"schedule {schedule.name} waits for itself"
-        found.extend(row.pop() for row in ready)
-        done.update(found[-len(ready) :])
-    return found
+    made = (slot for slot in part.last_reader if slot not in ends)
+    return [slot for slot in (*filter(stays, part.last_reader), *made) if not again(slot)]
 
 
 def _constants(stages: Stages) -> dict[Value, Any]:

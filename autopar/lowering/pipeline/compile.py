@@ -13,6 +13,7 @@ from autopar.ir.program import Value
 from autopar.ir.stages import Tag
 from autopar.lowering.local_program import Slot
 from autopar.lowering.pipeline.parts import Piece, StageParts
+from autopar.lowering.processes import absent, is_here, one_at_a_time
 from autopar.lowering.spmd import partition_spec, run_instructions
 from autopar.lowering.time.phased import COMBINE, neutral
 
@@ -40,7 +41,8 @@ class CompiledPiece:
 
     Attributes:
         piece: what it runs.
-        function: flat inputs, then running sums -> flat outputs (running sums in the place of the terms).
+        function: flat inputs, then running sums -> flat outputs (running sums in the place of the terms); it runs
+            nothing, and its outputs have no blocks, where none of the devices belongs to this process.
         donated: positions of inputs whose buffers it reuses.
     """
 
@@ -88,7 +90,18 @@ def compile_piece(
         donate_argnums=donated,
         compiler_options=dict(options) if options else None,
     )
-    return CompiledPiece(piece, function, donated)
+    return CompiledPiece(piece, _on(mesh, function, piece.outputs), donated)
+
+
+def _on(
+    mesh: jax.sharding.Mesh, function: Callable[..., Any], results: Sequence[Slot]
+) -> Callable[..., list[jax.Array]]:
+    """A jitted function on devices of which some belong to this process; else its results have no blocks here."""
+    place = NamedSharding(mesh, PartitionSpec())
+    if is_here(place):
+        return one_at_a_time(place, function)
+    arrays = [absent(slot_shape(slot, mesh), slot.value.dtype, slot_sharding(slot, mesh)) for slot in results]
+    return lambda *_: list(arrays)
 
 
 def _block(slot: Slot, array: Any) -> Any:
@@ -155,4 +168,4 @@ def zeros_of(
         starts = [neutral(monoids[slot.value], slot.value.dtype) for slot in sums]
         return [jnp.full(slot_shape(slot, mesh), start) for slot, start in zip(sums, starts, strict=True)]
 
-    return jax.jit(make, out_shardings=shardings)
+    return _on(mesh, jax.jit(make, out_shardings=shardings), sums)

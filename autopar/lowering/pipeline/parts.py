@@ -3,7 +3,7 @@
 A stage is planned as one program, so that its parts agree on the layout of everything that one leaves to another:
 parameters, activations kept for the backward pass, gradients. Then each instruction goes to the part whose equation
 it serves. Slots that one part makes and another reads become results and arguments; partial ones stay partial (a
-gradient is summed over microbatches before it is summed over devices).
+gradient is summed over microbatches before it is summed over devices, or scattered first where the stage says so).
 """
 
 from collections.abc import Iterable, Mapping
@@ -118,7 +118,7 @@ class _Cutter:
 
     def piece(self, tag: Tag) -> Piece:
         """The piece of one part and round."""
-        code = self.code[tag]
+        code = self._scattered_at_once(self.code[tag]) if self.stage.scatters else self.code[tag]
         made = {slot for i in code for slot in i.outputs}
         read = dict.fromkeys(slot for i in code for slot in reads(i))
         kept = [replace(i, after=None) if isinstance(i, Move) and i.after not in made | set(read) else i for i in code]
@@ -130,6 +130,20 @@ class _Cutter:
         outputs = tuple(slot for slot in results if self._is_kept(slot, tag))
         local = LocalProgram(inputs, (*outputs, *sums), tuple(kept), self.local.mesh)
         return Piece(tag, local, outputs, sums)
+
+    def _scattered_at_once(self, code: list[Instruction]) -> list[Instruction]:
+        """The instructions with what scatters a gradient right behind what makes it, so that the whole one dies."""
+        behind: dict[Slot, list[Instruction]] = {}
+        for i in code:
+            if isinstance(i, Move) and i.source.value in self.stage.summed and i.source.spec.partial:
+                behind.setdefault(i.source, []).append(i)
+        early = {id(move) for moves in behind.values() for move in moves}
+        found: list[Instruction] = []
+        for i in code:
+            if id(i) not in early:
+                found.append(i)
+                found += [move for slot in i.outputs for move in behind.pop(slot, ())]
+        return [*(move for moves in behind.values() for move in moves), *found]
 
     def _is_sum(self, slot: Slot) -> bool:
         after = any(not tag.part.per_microbatch for tag in self.readers.get(slot, ()))
@@ -171,11 +185,12 @@ class _Cutter:
             return wanted
         if made is None:
             return {min(wanted)}
-        if self.stage.summed.get(value) == "sum" and not min(wanted).part.per_microbatch:
-            return {min(wanted)}  # summed over microbatches first, then over devices
         sizes = self.local.mesh.sizes
-        combined = value in self.stage.summed and not min(wanted).part.per_microbatch
         shrinks = move.source.spec.shards(sizes) < move.target.spec.shards(sizes)
+        if self.stage.summed.get(value) == "sum" and not min(wanted).part.per_microbatch:
+            # Over microbatches first, then over devices: once. Or the other way round: only shards are kept.
+            return {made} if self.stage.scatters and shrinks else {min(wanted)}
+        combined = value in self.stage.summed and not min(wanted).part.per_microbatch
         return {made} if shrinks or combined else {min(wanted)}
 
     def _give(self, instruction: Instruction, tags: set[Tag]) -> None:

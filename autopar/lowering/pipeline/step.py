@@ -1,11 +1,12 @@
 """One step of a pipeline in progress: which arrays are where, who gets them next, when they are dropped.
 
 One process dispatches everything and waits for nothing: JAX runs what is ready. A value is sent as soon as its maker is
-dispatched, and dropped (or its buffer reused) when its last reader is.
+dispatched, and dropped (or its buffer reused) when its last reader is. Several processes all go through the same calls
+in the same order; each runs what its own devices have a part in, and keeps arrays without blocks for the rest.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from autopar.ir.program import Value
 from autopar.ir.stages import Part, Stages, Tag
 from autopar.lowering.local_program import Slot
 from autopar.lowering.pipeline.compile import StageRunner, slot_sharding
 from autopar.lowering.pipeline.send import send
+from autopar.lowering.processes import absent, is_here, on, one_at_a_time
 from autopar.lowering.time.phased import COMBINE
 
 ONCE = -1
@@ -142,7 +145,7 @@ class StepRun:
         """Gives a stage its slices of what the microbatches are cut from."""
         for part, whole in self.cut.step.slices.items():
             if part in self.runners[index].parts.inputs:
-                self.put(index, part, _slice(self.whole(whole), np.int32(microbatch)), microbatch)
+                self.put(index, part, _one_of(self.whole(whole), microbatch), microbatch)
 
     def _take(self, index: int, call: Call, slot: Slot) -> jax.Array:
         runner = self.runners[index]
@@ -181,14 +184,14 @@ class StepRun:
         for part, rows in self.stacked.items():
             stage = self.cut.maker[part]
             place = slot_sharding(self.runners[stage].parts.outputs[part], self.runners[stage].mesh)
-            stack = _stack([send(rows[k], place) for k in sorted(rows)])
+            stack = _stacked([send(rows[k], place) for k in sorted(rows)], place)
             self._deliver(0, self.cut.step.stacks[part], stack, ONCE)
 
     def _over_replicas(self, stage: int, slot: Slot) -> jax.Array:
         place = slot_sharding(slot, self.runners[stage].mesh)
         each = [self.held(i)[slot] for i in range(stage, len(self.runners), self.n_stages)]
-        combine = COMBINE[self.cut.step.monoids[slot.value]]
-        return functools.reduce(lambda a, b: combine(a, send(b, place)), each)
+        combined = on(place, COMBINE[self.cut.step.monoids[slot.value]], each[0])
+        return functools.reduce(lambda a, b: combined(a, send(b, place)), each)
 
     def shift(self, shift: Shift) -> None:
         """Moves what a stage keeps for a microbatch."""
@@ -206,11 +209,31 @@ class StepRun:
             self.peak[device] = max(self.peak.get(device, 0), len(here))
 
 
-@jax.jit
-def _slice(whole: jax.Array, microbatch: Any) -> jax.Array:
-    return lax.dynamic_index_in_dim(whole, microbatch, 0, keepdims=False)
+def _one_of(whole: Any, microbatch: int) -> Any:
+    """The slice of one microbatch, where the whole is."""
+    if not isinstance(whole, jax.Array) or not isinstance(whole.sharding, NamedSharding):
+        return _slice(None)(whole, np.int32(microbatch))
+    place = NamedSharding(whole.sharding.mesh, PartitionSpec(*whole.sharding.spec[1:]))
+    if not is_here(place):
+        return absent(whole.shape[1:], whole.dtype, place)
+    return _slice(place)(whole, np.int32(microbatch))
 
 
-@jax.jit
-def _stack(rows: list[jax.Array]) -> jax.Array:
+@functools.cache
+def _slice(place: NamedSharding | None) -> Callable[[jax.Array, Any], jax.Array]:
+    def one(whole: jax.Array, microbatch: Any) -> jax.Array:
+        return lax.dynamic_index_in_dim(whole, microbatch, 0, keepdims=False)
+
+    function = jax.jit(one, out_shardings=place)
+    return function if place is None else one_at_a_time(place, function)
+
+
+def _stacked(rows: Sequence[jax.Array], place: NamedSharding) -> jax.Array:
+    """Rows on one place, as one array there."""
+    stack = NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
+    like = jax.ShapeDtypeStruct((len(rows), *rows[0].shape), rows[0].dtype)
+    return on(stack, _stack, like)(*rows)
+
+
+def _stack(*rows: jax.Array) -> jax.Array:
     return jnp.stack(rows)

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from autopar.ir.stages import Part
-from autopar.lowering.pipeline.build import PARTS, Compiled
+from autopar.lowering.pipeline.build import Compiled
 from autopar.lowering.pipeline.cut import PipelineError
+from autopar.lowering.pipeline.order import PARTS
 from autopar.lowering.pipeline.step import ONCE, Call
+from autopar.lowering.processes import is_here
 from autopar.solver.schedule import Task, Timeline
 from autopar.solver.schedule.simulate import Event
 
@@ -44,7 +47,7 @@ class Measured:
 
     Attributes:
         result: of the step.
-        spans: every piece, by end.
+        spans: every piece that runs on devices of this process, by end.
     """
 
     result: Any
@@ -111,10 +114,12 @@ def measure(compiled: Compiled, *args: Any) -> Measured:
             fix='compile it with settings={"donate": False}',
         )
     watch = _Watch()
-    devices = {(runner.stage, runner.replica): runner.device for runner in compiled.runners}
+    mine = [runner for runner in compiled.runners if is_here(NamedSharding(runner.mesh, PartitionSpec()))]
+    devices = {(runner.stage, runner.replica): runner.device for runner in mine}
 
     def note(call: Call, results: list[jax.Array]) -> None:
-        watch.dispatched(devices[call.stage, call.replica], call, results)
+        if (call.stage, call.replica) in devices:
+            watch.dispatched(devices[call.stage, call.replica], call, results)
 
     try:
         results = compiled.run(jax.tree.leaves(args), note)

@@ -169,7 +169,7 @@ class Iteration:
         assert inside is not None
         nested, is_scan = inside.nested, eqn.primitive.name == "scan"
         bodies = [
-            _Inner(body, demand, nested, f"{eqn.name}/{self.name}", self.writer.names)
+            Inner(body, demand, nested, f"{eqn.name}/{self.name}", self.writer.names)
             for body, demand in zip(eqn.bodies, nested.demands, strict=True)
         ]
         programs = [body.program() for body in bodies]
@@ -186,7 +186,7 @@ class Iteration:
         return self.writer.keep(replace(eqn, bodies=tuple(programs), params=kept), operands, shapes)
 
 
-class _Inner(Iteration):
+class Inner(Iteration):
     """The body of a scan or cond on parts; it knows its own values only."""
 
     def __init__(self, body: Program, demand: Demand, nested: Nested, name: str, names: dict[str, int]) -> None:

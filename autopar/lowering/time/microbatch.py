@@ -8,14 +8,17 @@ from dataclasses import replace
 from autopar.errors import MicrobatchError
 from autopar.ir.program import Equation, Program, Value, check
 from autopar.ir.trace import Traced
+from autopar.lowering.pipelined.step import Pipelining, pipelined_step
+from autopar.lowering.time.indices import findable_in_parts
 from autopar.lowering.time.phased import LOOP_NAME, split_over_time
+from autopar.lowering.time.roles import role_size
 from autopar.plan import Splitting
 from autopar.sharding.time.phases import Phases, find_phases
 from autopar.sharding.time.timing import Cut, Question
 
 
 def split_step(traced: Traced, splitting: Splitting) -> Traced:
-    """The step in microbatches and chunks, as loops of its program; it computes what the whole step did.
+    """The step in microbatches (or as a pipeline) and chunks, as loops of its program; it computes what it did.
 
     Args:
         traced: the step.
@@ -24,11 +27,21 @@ def split_step(traced: Traced, splitting: Splitting) -> Traced:
     Raises:
         MicrobatchError: a pattern matches nothing, a dimension does not divide, or the step needs the batch as a whole.
     """
+    if splitting.chunk:
+        traced = replace(traced, program=findable_in_parts(traced.program))
     program = traced.program
-    if splitting.microbatches > 1:
+    if splitting.stages > 1:
+        how = Pipelining(splitting.stages, splitting.microbatches, splitting.rounds)
+        program = pipelined_step(traced, batch_arguments(traced, splitting.batch), how).program
+    elif splitting.microbatches > 1:
         program = split_over_time(batch_phases(traced, splitting), LOOP_NAME)
     for number, (pattern, dim, count) in enumerate(splitting.chunk):
-        program = _chunked(program, _chosen(program, pattern, dim), dim, count, f"chunks_{number}")
+        if dim is None:
+            size = role_size(pattern, traced.program, batch_arguments(traced, splitting.batch))
+            value, dim = _largest(program, size, pattern)
+        else:
+            value = _chosen(program, pattern, dim)
+        program = _chunked(program, value, dim, count, f"chunks_{number}")
     check(program)
     return replace(traced, program=program)
 
@@ -66,11 +79,28 @@ def _values(program: Program) -> Iterator[Value]:
         yield from eqn.outputs
 
 
+def _made(program: Program) -> Iterator[Value]:
+    """What the equations of a program make, and those of loops over microbatches."""
+    places = [program, *(b for eqn in program.equations if "jaxpr" not in eqn.params for b in eqn.bodies)]
+    return (value for place in places for eqn in place.equations for value in eqn.outputs)
+
+
+def _largest(program: Program, size: int, name: str) -> tuple[Value, int]:
+    """The largest value with a dimension of that size behind its first, and that dimension."""
+    found = [(value, value.shape.index(size, 1)) for value in _made(program) if size in value.shape[1:]]
+    if not found:
+        raise MicrobatchError(
+            f"no value of the step has a dimension '{name}' of {size}",
+            where="chunk",
+            fix="name a value and its dimension",
+        )
+    return max(found, key=lambda each: each[0].nbytes)
+
+
 def _chosen(program: Program, pattern: str, dim: int) -> Value:
     """The largest value of that name that has that dimension, in the program or in a loop over microbatches."""
-    places = [program, *(b for eqn in program.equations if "jaxpr" not in eqn.params for b in eqn.bodies)]
-    made = [v for place in places for eqn in place.equations for v in eqn.outputs if re.fullmatch(pattern, v.name)]
-    made = [v for v in made if -len(v.shape) <= dim < len(v.shape)]
+    named = [v for v in _made(program) if re.fullmatch(pattern, v.name)]
+    made = [v for v in named if -len(v.shape) <= dim < len(v.shape)]
     if not made:
         raise MicrobatchError(
             f"no value of the step matches '{pattern}' and has a dimension {dim}",

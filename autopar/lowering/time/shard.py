@@ -44,6 +44,10 @@ class TimeShard:
         """Which part of ``factor`` this iteration computes."""
         return self.time if factor == self.inside.factor else jnp.int32(0)
 
+    def axes(self, factor: str) -> tuple[str, ...]:
+        """None: the parts are one after the other on every device."""
+        return ()
+
     def positions(self, dim: int, result: int = 0) -> Any:
         """Where each element of dimension ``dim`` of a result stands in the whole."""
         here = lax.iota(jnp.int32, self.result_shapes[result][dim])

@@ -100,8 +100,10 @@ def _tables(edges: Sequence[tuple[int, int, np.ndarray]]) -> tuple[np.ndarray, n
 def memory_of(problem: Problem) -> Memory:
     """The memory rows that some choice can violate, and the usage that they feel."""
     assert problem.limit is not None
-    live = [usage for usage in problem.usages if usage.lo < usage.hi and usage.bytes.any()]
-    free = [usage for usage in live if len(usage.bytes) > 1]
+    live = [usage for usage in problem.usages if usage.lo < usage.hi]
+    distinct = {id(usage.bytes): usage.bytes for usage in live if len(usage.bytes) > 1}
+    used = {key for key, sizes in distinct.items() if sizes.any()}
+    free = [usage for usage in live if id(usage.bytes) in used]
     times = np.unique([time for usage in free for time in (usage.lo, usage.hi)])
     room = _least_room(problem.limit, [usage for usage in live if len(usage.bytes) == 1], times)
     lo = np.searchsorted(times, np.array([usage.lo for usage in free], np.int64))
@@ -143,8 +145,8 @@ def _felt(lo: np.ndarray, hi: np.ndarray, room: np.ndarray, possible: np.ndarray
     """Rows that can be violated, less those whose neighbour has all that is live in them and no more room."""
     kept = possible.copy()
     count = len(room)
-    starts, ends = np.bincount(lo, minlength=count + 1), np.bincount(hi, minlength=count + 1)
-    last = -1
+    starts, ends = (np.bincount(at, minlength=count + 1).tolist() for at in (lo, hi))
+    room, last = room.tolist(), -1
     for row in np.flatnonzero(possible).tolist():
         if last == row - 1 and last >= 0:
             if not starts[row] and room[row] >= room[last]:

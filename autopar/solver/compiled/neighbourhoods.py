@@ -32,6 +32,7 @@ class Task(NamedTuple):
         before: ``(rows + 1,)`` running sum of prices on rows.
         hot: nodes with edges, from which growth starts.
         spare: bytes by which rounding may pass a row's room.
+        stop: ``(1,)`` set from outside to leave early.
     """
 
     graph: Graph
@@ -39,11 +40,12 @@ class Task(NamedTuple):
     before: np.ndarray
     hot: np.ndarray
     spare: float
+    stop: np.ndarray
 
 
 @kernel()
 def search(task, state, forest, work):
-    """Try neighbourhoods until so many entries of tables were looked at; the change of cost."""
+    """Try neighbourhoods until so many entries of tables were looked at, or it is told to stop; the change of cost."""
     graph, memory = task.graph, task.memory
     change = 0.0
     nodes = np.empty(POLISH_NODES, np.int64)
@@ -51,7 +53,7 @@ def search(task, state, forest, work):
     for node in range(len(state.mark)):
         stamp = max(stamp, state.mark[node], abs(forest.member[node]))
     state.work[0] = 0
-    while state.work[0] < work:
+    while state.work[0] < work and task.stop[0] == 0:
         stamp += 1
         state.count[0] = 0
         count = _grow_somewhere(task, state, forest, stamp)

@@ -1,0 +1,203 @@
+"""A pipeline planned for good: every stage whole, on its submesh, within the memory of the devices that hold it."""
+
+import functools
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from autopar.api.planning import Options
+from autopar.api.staging.draft import Draft, Fitting, StagePlanner, peak_bytes
+from autopar.api.staging.kinds import Part
+from autopar.api.staging.links import Traffic, cluster_of, prices_on
+from autopar.ir.fingerprint import fingerprint
+from autopar.ir.stages import Stage, Stages
+from autopar.ir.trace import Traced
+from autopar.lowering.local_program import LocalProgram
+from autopar.lowering.pipeline.build import Layout
+from autopar.lowering.pipeline.cut import PipelineError, into_stages, microbatched
+from autopar.plan import PipelinePlan, PlannedStage, StagePrediction
+from autopar.planner.search import Solved
+from autopar.sharding.lookup import RuleBook
+from autopar.solver.schedule import TaskCosts, Timeline, simulate
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A pipeline and what runs it.
+
+    Attributes:
+        plan: of the pipeline.
+        stages: the step in stages.
+        programs: the local program of each stage.
+    """
+
+    plan: PipelinePlan
+    stages: Stages
+    programs: tuple[LocalProgram, ...]
+
+
+def cut_for(traced: Traced, layout: Layout) -> Stages:
+    """A traced step in the stages of a layout.
+
+    Raises:
+        PipelineError, LayerError, MicrobatchError: see their texts.
+    """
+    schedule = layout.schedule
+    if len(layout.meshes) != schedule.n_devices:
+        raise PipelineError(
+            f"{len(layout.meshes)} submeshes for the {schedule.n_devices} places of schedule {schedule.name}",
+            fix="give one mesh for all places, or one for each",
+        )
+    splitting = replace(layout.splitting, microbatches=schedule.n_microbatches)
+    return into_stages(microbatched(traced, splitting), schedule, layout.stage_of_layer)
+
+
+def plan_pipeline(
+    traced: Traced, layout: Layout, options: Options, frugality: Sequence[float] = (), trace_s: float = 0.0
+) -> Planned:
+    """Plans every stage of a pipeline; no device is touched.
+
+    Args:
+        traced: the step.
+        layout: where to run what.
+        options: hardware, memory of a device, preset and pins; each stage is planned under them.
+        frugality: the price of memory of each stage, see ``Search``; empty for none.
+        trace_s: seconds that tracing took.
+
+    Raises:
+        InfeasibleError: a device has too little memory for its stages with their microbatches in flight.
+        PipelineError, LayerError, MicrobatchError, PinError, PresetError: see their texts.
+    """
+    start = time.process_time()
+    stages = cut_for(traced, layout)
+    cut_s = time.process_time() - start
+    pipeline = Pipelined.of(stages, layout, options)
+    drafts = Fitting(pipeline.planners, pipeline.timeline).fitted(frugality)
+    planned = pipeline.planned(fingerprint(traced.program), drafts)
+    spent = {"trace": trace_s, "layers": cut_s, "stages": time.process_time() - start - cut_s}
+    return replace(planned, plan=replace(planned.plan, seconds=spent))
+
+
+@dataclass(frozen=True, eq=False)
+class Pipelined:
+    """The stages of a step, each with its planner.
+
+    Attributes:
+        stages: the step in stages.
+        layout: where they run.
+        options: the restrictions.
+        planners: of the stages.
+    """
+
+    stages: Stages
+    layout: Layout
+    options: Options
+    planners: tuple[StagePlanner, ...]
+
+    @staticmethod
+    def of(stages: Stages, layout: Layout, options: Options) -> "Pipelined":
+        """A planner for each stage, with the pins that are for it."""
+        planners, solved = [], (Solved(), RuleBook())
+        for index, device in enumerate(layout.schedule.placements[0]):
+            own = replace(options, pins=_pins_of(stages.stages, index, options.pins))
+            cost = prices_on(options, layout.meshes[device])
+            planners.append(StagePlanner(Part(stages, index), cost, layout.schedule.n_microbatches, own, solved))
+        return Pipelined(stages, layout, options, tuple(planners))
+
+    @functools.cached_property
+    def traffic(self) -> Traffic:
+        """What the stages send each other."""
+        return Traffic.of(self.stages)
+
+    def timeline(self, drafts: Sequence[Draft]) -> Timeline:
+        """The microbatches of a step, task by task."""
+        costs = [draft.cost for draft in drafts]
+        saved = tuple(cost.activation_bytes_per_microbatch for cost in costs)
+        task_costs = TaskCosts(
+            forward_s=tuple(cost.forward_s for cost in costs),
+            backward_s=tuple(cost.backward_s for cost in costs),
+            weight_s=tuple(cost.weight_s for cost in costs),
+            transfer_s=self._transfers_s,
+            activation_bytes=saved,
+            kept_bytes=saved,
+            state_bytes=tuple(cost.state_bytes for cost in costs),
+        )
+        return simulate(self.layout.schedule, task_costs)
+
+    @functools.cached_property
+    def _transfers_s(self) -> tuple[float, ...]:
+        return self.traffic.transfers_s(cluster_of(self.planners[0].cost), [p.cost.mesh for p in self.planners])
+
+    def planned(self, program: str, drafts: Sequence[Draft]) -> Planned:
+        """The plan of stages that have been planned; ``program`` is the fingerprint of the whole one."""
+        layout, options, run = self.layout, self.options, self.timeline(drafts)
+        predictions = self._predictions(drafts, run)
+        once_s = [prediction.once_s for prediction in predictions]
+        stages = tuple(map(self._stage, range(len(drafts)), drafts, predictions))
+        plan = PipelinePlan(
+            fingerprint=program,
+            hardware=options.hardware or drafts[0].plan.hardware,
+            schedule=layout.schedule.name,
+            chunks=layout.schedule.pipeline.v,
+            splitting=replace(layout.splitting, microbatches=layout.schedule.n_microbatches),
+            stage_of_layer=tuple(layout.stage_of_layer) or tuple(range(len(drafts))),
+            meshes=layout.meshes,
+            stages=stages,
+            step_s=max(
+                events[-1].end_s + sum(once_s[stage] for stage in layout.schedule.stages_of(device))
+                for device, events in enumerate(run.by_device)
+            ),
+            preset=options.preset,
+            pins=options.pins,
+        )
+        own = replace(self.stages, stages=tuple(draft.prices.part.stage for draft in drafts))
+        return Planned(plan, own, tuple(draft.prices.local for draft in drafts))
+
+    def _stage(self, index: int, draft: Draft, prediction: StagePrediction) -> PlannedStage:
+        own = draft.prices.prediction(self.layout.schedule.n_microbatches, prediction.peak_bytes)
+        device = self.layout.schedule.placements[0][index]
+        scatters = draft.prices.part.stage.scatters
+        return PlannedStage(device, replace(draft.plan, prediction=own), draft.price_s_per_byte, scatters, prediction)
+
+    def _predictions(self, drafts: Sequence[Draft], run: Timeline) -> list[StagePrediction]:
+        schedule, m = self.layout.schedule, self.layout.schedule.n_microbatches
+        meshes = [planner.cost.mesh for planner in self.planners]
+        shared_s = self.traffic.once_s(cluster_of(self.planners[0].cost), meshes, len(schedule.placements))
+        found = []
+        for index, (draft, device) in enumerate(zip(drafts, schedule.placements[0], strict=True)):
+            cost, held = draft.cost, schedule.stages_of(device)
+            last = index + 1 == len(drafts)
+            found.append(
+                StagePrediction(
+                    forward_s=cost.forward_s,
+                    backward_s=cost.backward_s,
+                    weight_s=cost.weight_s,
+                    once_s=cost.sync_s + cost.optimizer_s + shared_s[index],
+                    transfer_s=0.0 if last else self._transfers_s[index],
+                    busy_s=m * (cost.forward_s + cost.backward_s + cost.weight_s),
+                    bubble_s=(run.makespan_s - run.busy_s[device]) / len(held),
+                    state_bytes=cost.state_bytes,
+                    kept_bytes=cost.activation_bytes_per_microbatch,
+                    extra_bytes=cost.peak_extra_bytes,
+                    peak_bytes=peak_bytes(run, drafts, device),
+                    in_flight=run.peak_in_flight[device],
+                    sent_bytes=0.0 if last else m * self.traffic.crossing_bytes[index],
+                )
+            )
+        return found
+
+
+def _pins_of(stages: Sequence[Stage], index: int, pins: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """The pins that name something in a stage; the first stage has those that no stage knows, and refuses them."""
+
+    def known(stage: Stage, pattern: str) -> bool:
+        made = (value for eqn in stage.program.equations for value in eqn.outputs)
+        return any(re.search(pattern, value.name) for value in (*stage.program.inputs, *made))
+
+    mine = []
+    for pattern, spec in pins:
+        where = [number for number, stage in enumerate(stages) if known(stage, pattern)] or [0]
+        if index in where:
+            mine.append((pattern, spec))
+    return tuple(mine)
