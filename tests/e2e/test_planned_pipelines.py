@@ -137,7 +137,7 @@ def test_gradients_are_scattered_in_every_microbatch_where_memory_is_worth_it(sl
     assert tight.peak_bytes <= 1e9 * limit_gb
     assert not any(stage.scatters for stage in free.stages) and any(stage.scatters for stage in tight.stages)
     scattered = [sum(c.count for c in collectives(p) if c.kind == "reduce_scatter") for p in (free, tight)]
-    assert scattered[1] > 2 * scattered[0] > 0
+    assert scattered[1] >= 2 * scattered[0] > 0
     trains_as_one_device_does(autopar.pipeline(step, plan=tight, compiler_options=O0))
 
 

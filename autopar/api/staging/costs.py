@@ -188,7 +188,7 @@ class Prices:
             optimizer_s=sum(self._serial_s(p) for p in rare) - sync_s,
             state_bytes=self._bytes(kept),
             activation_bytes_per_microbatch=saved_bytes,
-            peak_extra_bytes=max(self._extra_bytes(p, kept | saved, saved_bytes) for p in pieces),
+            peak_extra_bytes=max(self._extra_bytes(p, kept, saved) for p in pieces),
         )
 
     def _compute_s(self, piece: Piece) -> float:
@@ -224,13 +224,19 @@ class Prices:
         stages = self.part.stages
         return value in stages.varying and stages.maker.get(value, -1) < self.part.index
 
-    def _extra_bytes(self, piece: Piece, counted: frozenset[Slot], saved_bytes: float) -> float:
-        """What a piece needs beyond what is counted; an update runs when no activations are kept."""
+    def _extra_bytes(self, piece: Piece, kept: frozenset[Slot], saved: frozenset[Slot]) -> float:
+        """What a piece needs beyond what is counted; an update runs when no activations are kept.
+
+        Nor is what an earlier piece read last: the sums of gradients, once they are reduced.
+        """
         inputs, own = piece.local.inputs, piece.tag.part.per_microbatch
         local = replace(piece.local, outputs=piece.kept)  # a term of a sum dies as it is added up
         inside = memory(local, self.cost).peak_bytes - self._bytes(frozenset(inputs))
+        counted = kept | saved
         ends = frozenset((*inputs, *(piece.kept if own else ()))) - counted
-        return max(inside + self._bytes(ends) - (0.0 if own else saved_bytes), 0.0)
+        read = (slot for slot in counted if self.parts.last_reader.get(slot, piece.tag) < piece.tag)
+        gone = frozenset() if own else saved.union(read)
+        return max(inside + self._bytes(ends) - self._bytes(gone), 0.0)
 
     def _bytes(self, slots: frozenset[Slot]) -> float:
         return sum(local_bytes(slot, self.local) for slot in slots)

@@ -128,7 +128,7 @@ class StepRun:
         if call.tag.part == Part.FORWARD:
             self._feed(index, call.microbatch)
         piece = compiled.piece
-        taken = [self._take(index, call, slot) for slot in piece.local.inputs]
+        taken = [self._take(index, call, slot, last) for slot in piece.local.inputs]
         results = compiled.function(*taken, *(once.pop(slot) for slot in piece.sums if slot in once))
         kept, sums = results[: len(piece.kept)], results[len(piece.kept) :]
         for slot, array in zip(piece.kept, kept, strict=True):
@@ -147,11 +147,11 @@ class StepRun:
             if part in self.runners[index].parts.inputs:
                 self.put(index, part, _one_of(self.whole(whole), microbatch), microbatch)
 
-    def _take(self, index: int, call: Call, slot: Slot) -> jax.Array:
+    def _take(self, index: int, call: Call, slot: Slot, last: bool) -> jax.Array:
         runner = self.runners[index]
         own = call.tag.part.per_microbatch and slot.value in self.cut.varying
         held = self.held(index, call.microbatch if own else ONCE)
-        dies = runner.parts.last_reader[slot] == call.tag and (own or not call.tag.part.per_microbatch)
+        dies = runner.parts.last_reader[slot] == call.tag and (own or last)
         return held.pop(slot) if dies and (own or slot not in runner.results) else held[slot]
 
     def _send(self, index: int, slot: Slot, array: jax.Array, microbatch: int) -> None:
