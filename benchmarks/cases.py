@@ -16,31 +16,31 @@ from autopar.lowering.audit import Audit, Difference, audit, compare
 from autopar.lowering.predict import flops
 from autopar.plan import Plan
 
-TEXT = {"layers": 2, "width": 64, "heads": 8, "vocab": 128, "seq": 32, "batch": 16}
-IMAGE = {"layers": 2, "width": 64, "heads": 8, "image": 16, "batch": 16}
-TINY: dict[str, dict[str, Any]] = {
-    "mlp": {"layers": 2, "width": 64, "batch": 16},
-    "gpt": TEXT,
-    "gpt_nnx": TEXT,
-    "bert": TEXT,
-    "vit": IMAGE,
-    "moe": {**TEXT, "experts": 8},
-    "llama": TEXT,
-    "wide_resnet": {"layers": 1, "width": 16, "image": 8, "batch": 16},
-}
+Settings = dict[str, Any]
+"""What a model's ``make`` takes."""
+
+TEXT: Settings = {"layers": 2, "width": 64, "heads": 8, "vocab": 128, "seq": 32, "batch": 16}
+IMAGE: Settings = {"layers": 2, "width": 64, "heads": 8, "image": 16, "batch": 16}
+
+
+def of_models(text: Settings, mlp: Settings, image: Settings, resnet: Settings) -> dict[str, Settings]:
+    """The settings of every model: ``text`` for the language models, ``image`` for vit."""
+    language = dict.fromkeys(("gpt", "gpt_nnx", "bert", "llama"), text)
+    return {"mlp": mlp, **language, "vit": image, "moe": {**text, "experts": 8}, "wide_resnet": resnet}
+
+
+TINY = of_models(
+    TEXT, {"layers": 2, "width": 64, "batch": 16}, IMAGE, {"layers": 1, "width": 16, "image": 8, "batch": 16}
+)
 """Settings that compile in seconds; every model has dropout (llama has none by design)."""
 
-WIDE_TEXT = {"layers": 2, "width": 512, "heads": 8, "vocab": 2048, "seq": 256, "batch": 32}
-WIDE: dict[str, dict[str, Any]] = {
-    "mlp": {"layers": 4, "width": 2048, "batch": 512},
-    "gpt": WIDE_TEXT,
-    "gpt_nnx": WIDE_TEXT,
-    "bert": WIDE_TEXT,
-    "vit": {"layers": 2, "width": 512, "heads": 8, "image": 64, "batch": 64},
-    "moe": {**WIDE_TEXT, "experts": 8},
-    "llama": WIDE_TEXT,
-    "wide_resnet": {"layers": 1, "width": 128, "image": 32, "batch": 64},
-}
+WIDE_TEXT: Settings = {"layers": 2, "width": 512, "heads": 8, "vocab": 2048, "seq": 256, "batch": 32}
+WIDE = of_models(
+    WIDE_TEXT,
+    {"layers": 4, "width": 2048, "batch": 512},
+    {"layers": 2, "width": 512, "heads": 8, "image": 64, "batch": 64},
+    {"layers": 1, "width": 128, "image": 32, "batch": 64},
+)
 """Settings whose products outweigh the rest, as those of real steps do."""
 
 SIZES = {"tiny": TINY, "wide": WIDE}

@@ -22,19 +22,15 @@ from autopar.ir.arguments import adapt
 from autopar.ir.trace import Traced
 from autopar.plan import Plan
 from autopar.planner.search import prepare
-from benchmarks.cases import MESHES, PRESETS, make
+from benchmarks.cases import MESHES, PRESETS, make, of_models
 
 TEXT: dict[str, Any] = {"layers": 2, "width": 1024, "heads": 16, "vocab": 8192, "seq": 512, "batch": 32}
-REALISTIC: dict[str, dict[str, Any]] = {
-    "mlp": {"layers": 4, "width": 8192, "batch": 1024},
-    "gpt": TEXT,
-    "gpt_nnx": TEXT,
-    "bert": TEXT,
-    "vit": {"layers": 2, "width": 1024, "heads": 16, "image": 64, "batch": 64},
-    "moe": {**TEXT, "experts": 8},
-    "llama": TEXT,
-    "wide_resnet": {"layers": 2, "width": 160, "image": 32, "batch": 128},
-}
+REALISTIC = of_models(
+    TEXT,
+    {"layers": 4, "width": 8192, "batch": 1024},
+    {"layers": 2, "width": 1024, "heads": 16, "image": 64, "batch": 64},
+    {"layers": 2, "width": 160, "image": 32, "batch": 128},
+)
 HARDWARE = ("v5e", "h100", "cpu")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from autopar.cluster import Mesh
 from autopar.errors import PlanError
+from autopar.plan import files
 from autopar.spec import Spec
 
 VERSION = 2
@@ -246,19 +247,12 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON; raises PlanError if it cannot."""
-        try:
-            Path(path).write_text(self.to_json())
-        except OSError as error:
-            raise PlanError(f"plan {path} cannot be written: {error.strerror}", fix="check the path") from error
+        files.write(path, self.to_json())
 
     @staticmethod
     def load(path: str | Path) -> "Plan":
         """Reads a plan from a file; raises PlanError if it is missing or damaged."""
-        try:
-            text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"plan {path} cannot be read: {error}", fix="check the path") from error
-        return Plan.from_json(text, str(path))
+        return Plan.from_json(files.read(path), str(path))
 
     def __rich__(self) -> Any:
         from autopar.plan import terminal

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from autopar.cluster import Mesh
-from autopar.errors import PlanError
+from autopar.plan import files
 from autopar.plan.data import VERSION, Plan, Splitting
 
 
@@ -151,10 +151,7 @@ class PipelinePlan:
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON; raises PlanError if it cannot."""
-        try:
-            Path(path).write_text(self.to_json())
-        except OSError as error:
-            raise PlanError(f"plan {path} cannot be written: {error.strerror}", fix="check the path") from error
+        files.write(path, self.to_json())
 
     def __rich__(self) -> Any:
         from autopar.plan import pipeline_views
@@ -184,8 +181,4 @@ def load_plan(path: str | Path) -> Plan | PipelinePlan:
     """
     from autopar.plan import pipeline_codec
 
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"plan {path} cannot be read: {error}", fix="check the path") from error
-    return pipeline_codec.decode(text, str(path))
+    return pipeline_codec.decode(files.read(path), str(path))

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from autopar.cli import app
 from autopar.plan import Plan
 from autopar.sharding.registry import SHARDING_RULES
+from tests.cli.running import autopar, json_of
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs" / "quadratic.py"
@@ -23,19 +22,6 @@ PLAN_KEYS = {
     *("collectives", "trace_s", "build_s", "solve_s", "n_equations", "n_nodes", "replicated_primitives"),
     *("params", "mesh", "microbatches"),
 }
-
-
-def autopar(*arguments: str | Path) -> Result:
-    """Runs the command in this process."""
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def json_of(*arguments: str | Path) -> dict:
-    """The one object that a command prints, which must end well."""
-    result = autopar(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.count("\n") == 1
-    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")

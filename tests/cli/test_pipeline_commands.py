@@ -1,13 +1,11 @@
 """Pipelines on the command line: planned, kept, run, explained, compared; and every mistake by its name."""
 
-import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from autopar.cli import app
 from autopar.plan import PipelinePlan, load_plan
+from tests.cli.running import autopar, json_of
 from tests.cli.test_commands import PLAN_KEYS, ROOT
 
 MLP = [str(ROOT / "models" / "mlp.py"), "--set", "layers=2", "--set", "width=32", "--set", "batch=16"]
@@ -27,17 +25,6 @@ STAGE_KEYS = {
     *("state_bytes", "kept_bytes", "extra_bytes", "peak_bytes", "in_flight", "sent_bytes", "plan"),
 }
 TWO = ["--stages", "2", "--schedule", "1f1b", "--microbatches", "4", "--mesh", "data=2"]
-
-
-def autopar(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def json_of(*arguments: str | Path) -> dict:
-    result = autopar(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.count("\n") == 1
-    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ import importlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import autopar
@@ -14,6 +12,7 @@ from autopar.ir.trace import trace
 from autopar.lowering.jit import run_program
 from autopar.lowering.time.microbatch import split_step
 from autopar.plan import Splitting
+from tests.closeness import assert_close
 
 QUICKLY = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TINY = {"batch": 8, "width": 16, "heads": 2, "optimizer": "sgd"}
@@ -25,19 +24,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit": {**TINY, "layers": 1},
     "moe": {**TEXT, "layers": 2, "experts": 4},
 }
-
-
-def plain(leaf: Any) -> np.ndarray:
-    key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if key else leaf)
-
-
-def assert_close(got: Any, want: Any, rtol: float = 2e-5) -> None:
-    """Equal up to rounding of the largest element of each leaf."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        a, b = plain(a), plain(b)
-        assert a.shape == b.shape and a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, atol=rtol * max(1e-2, np.abs(b).max(initial=0.0)), rtol=0)
 
 
 @functools.cache

@@ -1,14 +1,12 @@
 """Stages that compute their activations again: the same step, with less kept between forward and backward."""
 
-import jax
-import numpy as np
 import pytest
 
 from autopar.ir.program import Value, check
 from autopar.ir.remat import rematerialised
 from autopar.ir.stages import Part, Stages
 from autopar.solver.schedule import make_schedule
-from tests.ir.test_stages import O0, STEPS, run_serially, staged
+from tests.ir.test_stages import assert_computes_the_step, staged
 
 TABLE = [
     ("chain", "1f1b", 2),
@@ -37,12 +35,7 @@ def test_stages_that_compute_again_compute_the_step_and_keep_nothing(name: str, 
         check(stage.program)
         assert not kept(stages, index)
     assert any(kept(plain, index) for index in range(p))
-    step, arguments = STEPS[name]
-    leaves = [*jax.tree.leaves(arguments), *traced.program.constants]
-    found = jax.jit(lambda leaves: run_serially(stages, order, leaves), compiler_options=O0)(leaves)
-    expected = jax.tree.leaves(jax.jit(step, compiler_options=O0)(*arguments))
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert_computes_the_step(stages, order, traced, name)
 
 
 def test_only_the_chosen_stages_compute_again() -> None:

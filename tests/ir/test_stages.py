@@ -202,6 +202,15 @@ def run_serially(stages: Stages, schedule: Schedule, leaves: list[Any]) -> list[
     return [serial.read(atom, -1) for atom in stages.step.outputs]
 
 
+def assert_computes_the_step(stages: Stages, order: Schedule, traced: Traced, name: str) -> None:
+    step, arguments = STEPS[name]
+    leaves = [*jax.tree.leaves(arguments), *traced.program.constants]
+    found = jax.jit(lambda leaves: run_serially(stages, order, leaves), compiler_options=O0)(leaves)
+    expected = jax.tree.leaves(jax.jit(step, compiler_options=O0)(*arguments))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 TABLE = [
     ("chain", "gpipe", 2, 1, 1),
     ("chain", "interleaved", 2, 2, 2),
@@ -226,12 +235,7 @@ def test_the_pieces_of_all_stages_in_schedule_order_compute_the_step(
     traced, stages = staged(name, order)
     for stage in stages.stages:
         check(stage.program)
-    step, arguments = STEPS[name]
-    leaves = [*jax.tree.leaves(arguments), *traced.program.constants]
-    found = jax.jit(lambda leaves: run_serially(stages, order, leaves), compiler_options=O0)(leaves)
-    expected = jax.tree.leaves(jax.jit(step, compiler_options=O0)(*arguments))
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert_computes_the_step(stages, order, traced, name)
 
 
 def received(stages: Stages, index: int, part: Part) -> list[Value]:

@@ -25,6 +25,7 @@ from autopar.lowering.rolling.saved import least_saved, nbytes, sources_of
 from autopar.lowering.rolling.trunk import RollError
 from autopar.lowering.rolling.unit import Inner, Unit
 from autopar.lowering.spmd import device_mesh, lower, shardings
+from tests import closeness
 
 QUICKLY = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TINY = {"batch": 4, "width": 8, "heads": 2, "layers": 3, "clip_norm": 0.1, "dropout": 0.1}
@@ -52,16 +53,7 @@ def runs(traced: Traced, leaves: list[Any]) -> list[Any]:
     return list(QUICKLY(lambda *arrays: run_program(program, arrays))(*leaves, *program.constants))
 
 
-def plain(leaf: Any) -> np.ndarray:
-    key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if key else leaf)
-
-
-def assert_close(got: Any, want: Any, rtol: float = 1e-6) -> None:
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        a, b = plain(a), plain(b)
-        assert a.shape == b.shape and a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, atol=rtol * max(1e-2, np.abs(b).max(initial=0.0)), rtol=0)
+assert_close = functools.partial(closeness.assert_close, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in MODELS])
