@@ -14,7 +14,6 @@ from autopar.api.staging.search import (
     Layered,
     Search,
     StagesPlan,
-    search_stages,
     search_traced,
     submeshes,
 )
@@ -192,7 +191,8 @@ def test_a_slicing_says_how_to_run_it_and_what_came_close():
 
 def test_planning_takes_shapes_and_says_what_it_spent():
     step, *args = make("gpt", **MODELS["gpt"])
-    plan = search_stages(step, *args, devices=2, hardware="v100", microbatches=(2,), layers=2, stage_devices=(1,))
+    search = Search(devices=2, hardware="v100", microbatches=(2,), layers=2, stage_devices=(1,))
+    plan = search_traced(*traced_in_time(adapt(step, args)), search)
     assert isinstance(plan.slicing, Slicing) and plan.seconds.total > plan.seconds.intra > 0
 
 

@@ -5,11 +5,10 @@ Here each *kind* of layer is planned once for each submesh, and a stage costs th
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
-from autopar.api.planning import detect_hardware, traced_in_time
+from autopar.api.planning import detect_hardware
 from autopar.api.splitting import splitting_of
 from autopar.api.staging.costs import Priced, unit_price_s_per_byte
 from autopar.api.staging.kinds import Part, crossing_bytes, layer_kinds, parts_of_kinds, tied_arguments
@@ -17,7 +16,6 @@ from autopar.api.staging.links import ONE_DEVICE
 from autopar.api.staging.tables import LayerFacts, LayerTables
 from autopar.cluster import Cluster, Mesh
 from autopar.cost import RooflineCost, flops_of, hardware
-from autopar.ir.arguments import adapt
 from autopar.ir.layers import Layers, cluster_layers
 from autopar.ir.step import Step
 from autopar.ir.trace import Traced
@@ -169,25 +167,8 @@ class StagesPlan:
         )
 
 
-def search_stages(step: Callable[..., Any], *args: Any, **options: Any) -> StagesPlan:
-    """The best slicing of ``step(*args)`` in stages, priced layer by layer; ``autopar.plan_stages`` plans its stages.
-
-    Args:
-        step: a train step: a pure function of pytrees, or one that updates Flax NNX objects.
-        *args: its arguments, or ``jax.ShapeDtypeStruct`` in their place.
-        **options: see ``Search``.
-
-    Raises:
-        LayerError, MicrobatchError, ScheduleError: the step cannot be cut so.
-        InfeasibleError: nothing fits the memory; names the least that would.
-    """
-    search = Search(**options)
-    traced, trace_s = traced_in_time(adapt(step, args, search.static_argnums))
-    return search_traced(traced, trace_s, search)
-
-
 def search_traced(traced: Traced, trace_s: float, search: Search) -> StagesPlan:
-    """The best pipeline for a traced step."""
+    """The best slicing of a traced step in stages, priced layer by layer; ``autopar.plan_stages`` plans its stages."""
     cluster, layers_s, intra_s = search.cluster(), 0.0, 0.0
     variants = submeshes(cluster, search)
     runs: dict[tuple[str, int], dict[tuple[int, ...], StageCost]] = {}
