@@ -192,7 +192,7 @@ def assert_rolled(chain: Chain) -> None:
     assert sum(eqn.primitive.name == "dot_general" for eqn in rolled.program.equations) <= 4 + 3 * chain.first
     leaves = jax.tree.leaves(arguments)
     got, want = runs(rolled, leaves), jax.tree.leaves(QUICKLY(step)(*arguments))
-    assert_close(got, want, 2e-6)
+    assert_close(got, want, rtol=2e-6)
     for a, b in zip(got, want, strict=True):
         assert a.dtype != jnp.uint32 or (a == b).all()
 
@@ -377,4 +377,4 @@ def test_a_rolled_gpt_is_planned_run_and_audited_like_any_program(mesh):
     compiled = lower(local, devices).lower(*placed).compile()
     found = audit(compiled, plan.mesh)
     assert all(each.explanation for each in compare(plan.prediction.collectives, found, plan.mesh))
-    assert_close(compiled(*placed), runs(traced, jax.tree.leaves((state, batch))), 1e-5)
+    assert_close(compiled(*placed), runs(traced, jax.tree.leaves((state, batch))), rtol=1e-5)

@@ -14,8 +14,7 @@ from autopar.ir.fingerprint import fingerprint
 from autopar.ir.stages import Stage, Stages
 from autopar.ir.trace import Traced
 from autopar.lowering.local_program import LocalProgram
-from autopar.lowering.pipeline.build import Layout
-from autopar.lowering.pipeline.cut import PipelineError, into_stages, microbatched
+from autopar.lowering.pipeline.build import Layout, cut_for
 from autopar.plan import PipelinePlan, PlannedStage, StagePrediction
 from autopar.planner.search import Solved
 from autopar.sharding.lookup import RuleBook
@@ -35,22 +34,6 @@ class Planned:
     plan: PipelinePlan
     stages: Stages
     programs: tuple[LocalProgram, ...]
-
-
-def cut_for(traced: Traced, layout: Layout) -> Stages:
-    """A traced step in the stages of a layout.
-
-    Raises:
-        PipelineError, LayerError, MicrobatchError: see their texts.
-    """
-    schedule = layout.schedule
-    if len(layout.meshes) != schedule.n_devices:
-        raise PipelineError(
-            f"{len(layout.meshes)} submeshes for the {schedule.n_devices} places of schedule {schedule.name}",
-            fix="give one mesh for all places, or one for each",
-        )
-    splitting = replace(layout.splitting, microbatches=schedule.n_microbatches)
-    return into_stages(microbatched(traced, splitting), schedule, layout.stage_of_layer)
 
 
 def plan_pipeline(

@@ -3,14 +3,14 @@
 from dataclasses import replace
 
 from autopar.api.planning import Options
-from autopar.api.staging.assemble import Planned, cut_for
+from autopar.api.staging.assemble import Planned
 from autopar.api.staging.links import prices_on
 from autopar.errors import PlanError
 from autopar.ir.fingerprint import fingerprint
 from autopar.ir.stages import Stages
 from autopar.ir.trace import Traced
 from autopar.lowering.local_program import build_local_program
-from autopar.lowering.pipeline.build import Layout
+from autopar.lowering.pipeline.build import Layout, cut_for
 from autopar.plan import PipelinePlan
 from autopar.solver.schedule import Schedule, TaskCosts, Timeline, make_schedule, simulate
 

@@ -212,6 +212,17 @@ class Layout:
     splitting: Splitting = field(default_factory=Splitting)
 
 
+def cut_for(traced: Traced, layout: Layout) -> Stages:
+    """A traced step in the stages of a layout.
+
+    Raises:
+        PipelineError, LayerError, MicrobatchError: see their texts.
+    """
+    _check_devices(len(layout.meshes), layout.schedule)
+    splitting = replace(layout.splitting, microbatches=layout.schedule.n_microbatches)
+    return into_stages(microbatched(traced, splitting), layout.schedule, layout.stage_of_layer)
+
+
 def build_pipeline(
     traced: Traced,
     layout: Layout,
@@ -231,10 +242,7 @@ def build_pipeline(
     Raises:
         LayerError, PipelineError, MicrobatchError, MeshError: see their texts.
     """
-    schedule, meshes = layout.schedule, layout.meshes
-    splitting = replace(layout.splitting, microbatches=schedule.n_microbatches)
-    stages = into_stages(microbatched(traced, splitting), schedule, layout.stage_of_layer)
-    _check_devices(len(meshes), schedule)
+    schedule, meshes, stages = layout.schedule, layout.meshes, cut_for(traced, layout)
     places = [meshes[device] for device in schedule.placements[0]]
     programs = [plan_stage(s, mesh, schedule.n_microbatches) for s, mesh in zip(stages.stages, places, strict=True)]
     return compile_pipeline(traced, stages, programs, submeshes(meshes, devices), schedule, settings)
