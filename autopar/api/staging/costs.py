@@ -225,18 +225,19 @@ class Prices:
         return value in stages.varying and stages.maker.get(value, -1) < self.part.index
 
     def _extra_bytes(self, piece: Piece, kept: frozenset[Slot], saved: frozenset[Slot]) -> float:
-        """What a piece needs beyond what is counted; an update runs when no activations are kept.
+        """What a piece needs beyond what is counted: what it reads and makes of that is in its own peak, too.
 
-        Nor is what an earlier piece read last: the sums of gradients, once they are reduced.
+        An update runs when no activations are kept, nor what an earlier piece read last: the sums of gradients, once
+        they are reduced. What a microbatch's piece makes for other stages stays until it is sent.
         """
-        inputs, own = piece.local.inputs, piece.tag.part.per_microbatch
+        own, counted = piece.tag.part.per_microbatch, kept | saved
         local = replace(piece.local, outputs=piece.kept)  # a term of a sum dies as it is added up
-        inside = memory(local, self.cost).peak_bytes - self._bytes(frozenset(inputs))
-        counted = kept | saved
-        ends = frozenset((*inputs, *(piece.kept if own else ()))) - counted
+        twice = counted.intersection((*piece.local.inputs, *piece.kept))
+        leaving = frozenset(piece.kept) - counted if own else frozenset()
         read = (slot for slot in counted if self.parts.last_reader.get(slot, piece.tag) < piece.tag)
         gone = frozenset() if own else saved.union(read)
-        return max(inside + self._bytes(ends) - self._bytes(gone), 0.0)
+        needed = memory(local, self.cost).peak_bytes - self._bytes(twice | gone) + self._bytes(leaving)
+        return max(needed, 0.0)
 
     def _bytes(self, slots: frozenset[Slot]) -> float:
         return sum(local_bytes(slot, self.local) for slot in slots)
