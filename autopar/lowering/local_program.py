@@ -263,7 +263,7 @@ class _Builder:
     def _operands(self, eqn: Equation, specs: tuple[Spec, ...]) -> tuple[Operand, ...]:
         """Slots of every operand in the spec that the strategy needs."""
         wanted = list(zip(eqn.inputs, specs, strict=True))
-        sources = [a if isinstance(a, Constant) else self._source(a, eqn.name, spec) for a, spec in wanted]
+        sources = [atom if isinstance(atom, Constant) else self._source(atom, eqn.name) for atom in eqn.inputs]
         ready = [s for s, (_, spec) in zip(sources, wanted, strict=True) if isinstance(s, Slot) and s.spec == spec]
         anchor = ready[-1] if ready else None
         moved: dict[tuple[int, Spec], Slot] = {}
@@ -281,18 +281,16 @@ class _Builder:
                 found.append(moved[key])
         return tuple(found)
 
-    def _source(self, value: Value, reader: str, wanted: Spec) -> Slot | None:
-        """The slot that an equation reads a value from: its view, or the value as it was made; None if it is free.
-
-        What is wanted as it was made is not sliced out of a view, which would have to stay for it.
-        """
+    def _source(self, value: Value, reader: str) -> Slot | None:
+        """The slot that an equation reads a value from: its view, or the value as it was made; None if it is free."""
         if value in self.free:
             return None
-        view, made = self.view_of.get((value.name, reader)), self.slots[value]
-        if view is None or (made.spec == wanted and not self._resharding(value, view.spec, wanted).cost_s):
-            return made
+        view = self.view_of.get((value.name, reader))
+        if view is None:
+            return self.slots[value]
         slot = self.views.get(id(view))
         if slot is None:
+            made = self.slots[value]
             slot = made if made.spec == view.spec else self._move(made, view.spec, None)
             self.views[id(view)] = slot
         return slot
@@ -383,7 +381,7 @@ class _Builder:
     def _entering(self, atoms: Sequence[Atom], specs: Sequence[Spec], readers: Sequence[str]) -> tuple[Operand, ...]:
         found: list[Operand] = []
         for atom, spec, reader in zip(atoms, specs, readers, strict=True):
-            source = atom if isinstance(atom, Constant) else self._source(atom, reader, spec)
+            source = atom if isinstance(atom, Constant) else self._source(atom, reader)
             if source is None:
                 assert isinstance(atom, Value)
                 source = self._piece(atom, spec)

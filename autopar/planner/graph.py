@@ -290,13 +290,17 @@ class _Builder:
         return sum(all(atom is not value for atom in self.eqns[i].inputs) for i in span)
 
     def _groups(self, value: Value, uses: list[Use]) -> list[Group]:
-        """Cuts the uses at the edges of regions and where contractions stand between (which tolerate a small gap)."""
+        """Cuts the uses at the edges of regions and where contractions stand between (which tolerate a small gap).
+
+        A rematerialised block, which starts with a barrier, is such a region: it comes long after what it stands next
+        to where all that it repeats was hoisted out of a loop.
+        """
         born = self.producer.get(value, -1)
         groups: dict[bool, list[Group]] = {True: [], False: []}
         alone: list[Group] = []
         for use in uses:
             primitive = self.eqns[use.position].primitive
-            if primitive in AS_MADE:
+            if primitive in AS_MADE or primitive.name == "optimization_barrier":
                 alone.append(Group([use]))
                 continue
             heavy = primitive.name in HEAVY

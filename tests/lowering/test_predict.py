@@ -12,13 +12,10 @@ import pytest
 import autopar
 from autopar.cluster import Mesh
 from autopar.cost import CostModel, RooflineCost, hardware
-from autopar.ir.trace import trace
 from autopar.lowering import predict
-from autopar.lowering.local_program import LocalProgram, Move, Run, build_local_program
+from autopar.lowering.local_program import LocalProgram, Move, Run
 from autopar.lowering.spmd import device_mesh, lower
 from autopar.lowering.turns import in_turn
-from autopar.plan import View
-from autopar.spec import Spec
 from models import gpt
 
 MESH = Mesh.parse("data=4")
@@ -181,24 +178,3 @@ def test_a_scatter_of_one_element_per_row_is_a_selection_that_fuses(batched, fus
     (scatter,) = [i for i in local.instructions if isinstance(i, Run) and i.equation.primitive.name == "scatter-add"]
     written = {b.name for b in predict.live_buffers(local)}
     assert (scatter.outputs[0].value.name not in written) == fuses
-
-
-def test_a_layout_that_is_there_is_not_sliced_out_of_a_copy_which_would_stay_for_it():
-    def step(given: dict[str, Any]) -> Any:
-        return given["w"].astype(jnp.bfloat16), given["w"] * 2
-
-    given = {"w": np.eye(8, dtype=np.float32)}
-    plan = autopar.plan(step, given, mesh=str(MESH), hardware="v5e", pins=[("w", "data,")])
-    (cast, twice), (copied, name) = plan.equations, (Spec(((), ())), "w")
-    both = {name: (View(copied, (cast, twice)),)}
-    edited = dataclasses.replace(
-        plan,
-        equations=plan.equations | {cast: ()},
-        values=plan.values | {cast: copied},
-        outputs=(copied, plan.outputs[1]),
-        views=both,
-    )
-    local = build_local_program(trace(step, given).program, edited, v5e(0))
-    assert [i.resharding.steps[0].kind for i in local.instructions if isinstance(i, Move)] == ["all_gather"]
-    doubled = next(i for i in local.instructions if isinstance(i, Run) and i.equation.name == twice)
-    assert doubled.inputs[0] is local.inputs[0]

@@ -48,6 +48,16 @@ def kinds(graph: Graph) -> list[str]:
 # -- the graph
 
 
+def test_a_rematerialised_block_reads_in_a_layout_of_its_own_what_stands_next_to_it():
+    def step(w: Any) -> Any:
+        return w.astype(jnp.bfloat16), jax.lax.optimization_barrier(w) * 2
+
+    graph = graph_of(step, f32(8, 8))
+    primitives = [eqn.primitive.name for eqn in graph.program.equations]
+    groups = [[primitives[use.position] for use in group.uses] for group in graph.groups[graph.program.inputs[0]]]
+    assert groups == [["convert_element_type"], ["optimization_barrier"]]
+
+
 def test_elementwise_equations_that_feed_each_other_are_one_cluster():
     assert kinds(graph_of(lambda x: jnp.tanh(jnp.sin(x) * 2) + x, f32(8, 8))) == ["sin+mul+tanh+add", "output"]
 
