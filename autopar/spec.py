@@ -45,7 +45,7 @@ class Spec:
 
     def shards(self, sizes: Sizes) -> int:
         """Into how many pieces the value is cut."""
-        return math.prod(sizes[axis] for axis in self.axes)
+        return math.prod([sizes[axis] for dim in self.dims for axis in dim])
 
     def local_shape(self, shape: tuple[int, ...], sizes: Sizes) -> tuple[int, ...]:
         """The shape that one device holds of a value of global ``shape``.

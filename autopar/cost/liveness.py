@@ -1,5 +1,6 @@
 """Which values need memory between their makers and their readers, given what XLA would rather compute again."""
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -26,8 +27,8 @@ def kept_values(
         sources: frozenset[Item] = frozenset().union(*(kept.get(item, frozenset((item,))) for item in inputs))
         for item in outputs:
             own = nbytes(item)
-            large = sum(nbytes(source) for source in sources if 2 * nbytes(source) >= own)
-            kept[item] = sources if fuses and large <= own else frozenset((item,))
+            large = sum(size for size in map(nbytes, sources) if 2 * size >= own) if fuses else math.inf
+            kept[item] = sources if large <= own else frozenset((item,))
     return kept
 
 

@@ -98,10 +98,18 @@ class Priced:
         return tuple(found)
 
 
-def unit_price_s_per_byte(alone: StageCost, microbatches: int) -> float:
-    """The price at which one percent of memory is worth one percent of speed, by what a stage costs on one device."""
-    step_s = microbatches * (alone.forward_s + alone.backward_s + alone.weight_s)
-    return step_s / max(alone.state_bytes, 1.0)
+def unit_price_s_per_byte(part: Part, prepared: Prepared, cost: CostModel) -> float:
+    """The price at which one percent of memory is worth one percent of speed, by what a stage costs on one device.
+
+    Args:
+        part: the stage.
+        prepared: its graph, with how often a step runs each equation.
+        cost: prices one device, where every equation has one strategy.
+    """
+    pricing = Formulator(prepared.graph, cost).pricing
+    step_s = sum(float(pricing.vector(unit)[0]) for unit in prepared.graph.units)
+    kept = {value for value in part.stage.program.inputs if value not in part.stages.varying}.union(part.stage.summed)
+    return step_s / max(sum(value.nbytes for value in kept), 1)
 
 
 def frugal(prepared: Prepared, stage: Stage, price_s_per_byte: float) -> Prepared:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from autopar.api.planning import Options, plan_prepared
-from autopar.api.staging.costs import Priced, Prices, frugal, unit_price_s_per_byte
+from autopar.api.staging.costs import Prices, frugal, unit_price_s_per_byte
 from autopar.api.staging.kinds import Part
 from autopar.api.staging.links import ONE_DEVICE, prices_on
 from autopar.api.staging.prepare import prepare_stage
@@ -106,8 +106,7 @@ class StagePlanner:
 
     @cached_property
     def _unit_s_per_byte(self) -> float:
-        (alone,) = Priced(self.part, self._prepared).costs(prices_on(self.options, ONE_DEVICE), [0.0])
-        return unit_price_s_per_byte(alone, self.microbatches)
+        return unit_price_s_per_byte(self.part, self._prepared, prices_on(self.options, ONE_DEVICE))
 
 
 def peak_bytes(run: Timeline, drafts: Sequence[Draft], device: int) -> float:

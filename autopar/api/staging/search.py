@@ -300,12 +300,11 @@ def priced(
     one = RooflineCost(cluster, ONE_DEVICE)
     for run, part in parts.items():
         stages = Priced.of(part, one, microbatches, rules)
-        (alone,) = stages.costs(one, [0.0])
-        unit_s_per_byte = unit_price_s_per_byte(alone, microbatches)
+        unit_s_per_byte = unit_price_s_per_byte(part, stages.prepared, one)
         for mesh in dict.fromkeys(variant.mesh for variant in variants):
             here = [variant for variant in variants if variant.mesh == mesh]
             prices = [variant.frugality * unit_s_per_byte for variant in here]
-            costs = (alone,) if mesh == one.mesh else stages.costs(RooflineCost(cluster, mesh), prices)
+            costs = stages.costs(RooflineCost(cluster, mesh), prices)
             for variant, cost in zip(here, costs, strict=True):
                 found.setdefault((variant.submesh.name, microbatches), {})[run] = cost
     return found
