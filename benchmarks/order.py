@@ -1,32 +1,33 @@
 """Pipelines of one model in the order that the simulator says, and in the order of their measured steps.
 
-    python -m benchmarks.order [--rounds 9] [--layers 6] [--width 256]
+    python -m benchmarks.order [--rounds 7] [--layers 6] [--width 256]
 
-Two CPU devices of one thread each, so that two stages run beside each other on two cores and a bubble is idle time. One
-line a plan: predicted and measured milliseconds of a step (medians of interleaved rounds in one process), and at the
-end Spearman's rank correlation.
+Two processes with a core and a device each. The CPU devices of one process share its threads: a stage that waits would
+lend its core to the other, and a bubble would cost nothing. One line a plan: predicted and measured milliseconds of a
+step (medians of interleaved rounds), and at the end Spearman's rank correlation.
 """
 
 import argparse
 import os
+import socket
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-)
-
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 
 import autopar
 from autopar.cluster import Cluster, Mesh
 from autopar.cost import RooflineCost
 from autopar.cost.calibrate import Sizes, calibrate
 from models import gpt
+
+ONE_THREAD = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "NPROC": "1"}
 
 
 @dataclass(frozen=True)
@@ -45,43 +46,20 @@ class Row:
 def rows(n_layers: int) -> list[Row]:
     """Plans that differ in bubbles and balance."""
     even = [Row(schedule, m) for schedule in ("gpipe", "1f1b") for m in (1, 2, 4, 8)]
-    even += [Row("zb_h1", 2), Row("zb_h1", 4), Row("interleaved", 4), Row("interleaved", 8)]
-    uneven = [
-        Row("1f1b", m, (0,) * k + (1,) * (n_layers - k)) for m in (2, 8) for k in (1, 2, n_layers - 2, n_layers - 1)
-    ]
+    even += [Row("zb_h1", 2), Row("zb_h1", 4), Row("interleaved", 4)]
+    uneven = [Row("1f1b", m, (0,) * k + (1,) * (n_layers - k)) for m in (2, 8) for k in (1, 2, n_layers - 1)]
     return even + uneven
 
 
 def ranks(values: list[float]) -> np.ndarray:
-    """The place of each value in order."""
-    return np.argsort(np.argsort(values)).astype(float)
+    """The place of each value in order; equal ones share the mean of theirs."""
+    found = np.array(values)
+    below = (found[None, :] < found[:, None]).sum(axis=1)
+    equal = (found[None, :] == found[:, None]).sum(axis=1)
+    return below + (equal - 1) / 2
 
 
-def main() -> None:
-    """Prints one line a plan and the correlation."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=256)
-    wanted = parser.parse_args()
-    cluster, _ = calibrate(sizes=Sizes((256, 512), ("float32",), (2**14, 2**18, 2**21)))
-    step, state, batch = gpt.make(layers=wanted.layers, width=wanted.width, batch=16, seq=128, vocab=512)
-    plans = {row: planned(row, step, state, batch, cluster) for row in rows(wanted.layers)}
-    times: dict[Row, list[float]] = {row: [] for row in plans}
-    for _ in range(wanted.rounds + 1):
-        for row, (run, _) in plans.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(state, batch))
-            times[row].append(time.perf_counter() - start)
-    measured = {row: statistics.median(found[1:]) for row, found in times.items()}
-    print(f"{'plan':28} {'predicted ms':>13} {'measured ms':>12}")
-    for row, (_, step_s) in sorted(plans.items(), key=lambda item: item[1][1]):
-        print(f"{row!s:28} {step_s * 1e3:13.1f} {measured[row] * 1e3:12.1f}")
-    predicted_ranks, measured_ranks = ranks([step_s for _, step_s in plans.values()]), ranks(list(measured.values()))
-    print(f"Spearman over {len(plans)} plans: {np.corrcoef(predicted_ranks, measured_ranks)[0, 1]:.3f}")
-
-
-def planned(row: Row, step: Any, state: Any, batch: Any, cluster: Cluster) -> tuple[Any, float]:
+def planned(row: Row, step: Any, arguments: tuple[Any, ...], cluster: Cluster) -> tuple[Any, float]:
     """The pipeline, and the seconds that its plan predicts."""
     run = autopar.pipeline(
         step,
@@ -92,7 +70,67 @@ def planned(row: Row, step: Any, state: Any, batch: Any, cluster: Cluster) -> tu
         cost=RooflineCost(cluster, Mesh.parse("data=1")),
         donate=False,
     )
-    return run, run.plan(state, batch).step_s
+    return run, run.plan(*arguments).step_s
+
+
+def timed(run: Any, state: Any, batch: Any) -> tuple[Any, float]:
+    """The new state, and the seconds until all processes have it."""
+    sync_global_devices("start")
+    start = time.perf_counter()
+    found = jax.block_until_ready(run(state, batch))
+    sync_global_devices("end")
+    return found[0], time.perf_counter() - start
+
+
+def measure(wanted: argparse.Namespace) -> None:
+    """What each of the processes does; the first one prints."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(wanted.address, 2, wanted.process)
+    sizes = Sizes((256, 512), ("float32",), (2**14, 2**18, 2**21))
+    cluster, _ = calibrate(jax.local_devices(), sizes)
+    step, state, batch = gpt.make(layers=wanted.layers, width=wanted.width, batch=16, seq=128, vocab=512)
+    plans = {row: planned(row, step, (state, batch), cluster) for row in rows(wanted.layers)}
+    placed = {row: timed(run, state, batch)[0] for row, (run, _) in plans.items()}
+    times: dict[Row, list[float]] = {row: [] for row in plans}
+    for _ in range(wanted.rounds):
+        for row, (run, _) in plans.items():
+            times[row].append(timed(run, placed[row], batch)[1])
+    if wanted.process:
+        return
+    measured = {row: statistics.median(found) for row, found in times.items()}
+    print(f"{'plan':28} {'predicted ms':>13} {'measured ms':>12}")
+    for row, (_, step_s) in sorted(plans.items(), key=lambda item: item[1][1]):
+        print(f"{row!s:28} {step_s * 1e3:13.1f} {measured[row] * 1e3:12.1f}")
+    predicted_ranks, measured_ranks = ranks([step_s for _, step_s in plans.values()]), ranks(list(measured.values()))
+    print(f"Spearman over {len(plans)} plans: {np.corrcoef(predicted_ranks, measured_ranks)[0, 1]:.3f}")
+
+
+def start() -> None:
+    """Runs this program in two processes, each on a core of its own."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        sys.exit("order: two processes need two cores")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    again = [sys.executable, "-m", "benchmarks.order", *sys.argv[1:], "--address", address]
+    processes = []
+    for process, core in enumerate(cores):
+        os.sched_setaffinity(0, {core})  # a child inherits it
+        processes.append(subprocess.Popen([*again, "--process", str(process)], env=os.environ | ONE_THREAD))
+    sys.exit(max(process.wait() for process in processes))
+
+
+def main() -> None:
+    """Starts two processes, or is one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--address", help=argparse.SUPPRESS)
+    parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
+    wanted = parser.parse_args()
+    start() if wanted.address is None else measure(wanted)
 
 
 if __name__ == "__main__":

@@ -292,8 +292,7 @@ class _Builder:
     def _groups(self, value: Value, uses: list[Use]) -> list[Group]:
         """Cuts the uses at the edges of regions and where contractions stand between (which tolerate a small gap).
 
-        A rematerialised block, which starts with a barrier, is such a region: it comes long after what it stands next
-        to where all that it repeats was hoisted out of a loop.
+        A rematerialised block, which starts with a barrier, is a region: it runs long after what it may stand next to.
         """
         born = self.producer.get(value, -1)
         groups: dict[bool, list[Group]] = {True: [], False: []}
