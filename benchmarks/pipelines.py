@@ -108,7 +108,7 @@ class Outcome:
     """How a pipeline compares with one device.
 
     Attributes:
-        loss_error: the largest relative difference of a metric.
+        loss_error: the largest relative difference of a metric; of one that is 0, the difference.
         parameter_error: the largest distance of the parameters relative to the distance from where they began.
         held: the most activations that each device held at one time.
         allowed: the most that the schedule lets it hold.
@@ -128,7 +128,8 @@ def outcome(case: Case, steps: int) -> Outcome:
     loss_error = parameter_error = 0.0
     for expected, reference in on_one_device(case.model, schedule.n_stages, steps):
         state, metrics = compiled(state, batch)
-        errors = (abs(float(metrics[key]) - float(value)) / abs(float(value)) for key, value in reference.items())
+        pairs = ((float(metrics[key]), float(value)) for key, value in reference.items())
+        errors = (abs(found - value) / (abs(value) or 1.0) for found, value in pairs)
         loss_error = max(loss_error, *errors)
         went = distance(expected.params, start)
         parameter_error = max(parameter_error, distance(state.params, expected.params) / went)
