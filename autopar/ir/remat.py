@@ -43,7 +43,8 @@ def _again(stage: Stage, made: set[Value]) -> Stage:
         equations.append(own)
         if tag is not None:
             tags[own] = tag
-    return replace(stage, program=replace(stage.program, equations=tuple(equations)), tags=tags)
+    program = replace(stage.program, equations=tuple(equations))
+    return replace(stage, program=program, tags=tags, rematerialised=True)
 
 
 def _copy(eqn: Equation, copies: dict[Value, Value]) -> Equation:

@@ -62,6 +62,7 @@ class Stage:
         sent: values that other stages read as they are made, not summed.
         scatters: whether gradients are reduced and scattered over the stage's devices in every microbatch, so that
             only shards are summed; else once, after the loop.
+        rematerialised: whether its backward part runs the forward part again, and keeps only what it was sent.
     """
 
     program: Program
@@ -70,6 +71,7 @@ class Stage:
     summed: Mapping[Value, str]
     sent: frozenset[Value]
     scatters: bool = False
+    rematerialised: bool = False
 
 
 @dataclass(frozen=True, eq=False)

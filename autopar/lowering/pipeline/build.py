@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from autopar.cluster import Mesh
 from autopar.ir.body import ancestors
 from autopar.ir.program import Atom, Constant, Value
+from autopar.ir.remat import rematerialised
 from autopar.ir.stages import Part, Stage, Stages
 from autopar.ir.trace import Traced
 from autopar.lowering.local_program import LocalProgram, Slot
@@ -204,12 +205,15 @@ class Layout:
         meshes: the submesh behind each device of the schedule, cut from the devices in turn.
         stage_of_layer: the stage of each layer; empty for one layer a stage, of equal work.
         splitting: which arguments are the batch, and what is allowed; the number of microbatches is the schedule's.
+        remat: the stages that run their forward part again where the backward part needs it, and keep only what they
+            were sent.
     """
 
     schedule: Schedule
     meshes: tuple[Mesh, ...]
     stage_of_layer: tuple[int, ...] = ()
     splitting: Splitting = field(default_factory=Splitting)
+    remat: frozenset[int] = frozenset()
 
 
 def cut_for(traced: Traced, layout: Layout) -> Stages:
@@ -220,7 +224,8 @@ def cut_for(traced: Traced, layout: Layout) -> Stages:
     """
     _check_devices(len(layout.meshes), layout.schedule)
     splitting = replace(layout.splitting, microbatches=layout.schedule.n_microbatches)
-    return into_stages(microbatched(traced, splitting), layout.schedule, layout.stage_of_layer)
+    stages = into_stages(microbatched(traced, splitting), layout.schedule, layout.stage_of_layer)
+    return rematerialised(stages, layout.remat)
 
 
 def build_pipeline(
