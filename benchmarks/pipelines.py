@@ -28,7 +28,8 @@ from autopar.cluster import Mesh
 from autopar.ir.stages import Stage
 from autopar.ir.trace import trace
 from autopar.lowering.local_program import LocalProgram, build_local_program
-from autopar.lowering.pipeline.build import Compiled, Layout, build_pipeline
+from autopar.lowering.pipeline.build import Compiled, build_pipeline
+from autopar.lowering.pipeline.cut import Layout
 from autopar.solver.schedule import SCHEDULES, Schedule, make_schedule
 from autopar.solver.schedule.data import ScheduleError
 from benchmarks.cases import O0, make, slow_device

@@ -1,7 +1,7 @@
 """Steps that run as pipelines: stages on submeshes, each planned by itself, in the order of a schedule."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from autopar.cluster import Mesh
 from autopar.compat import shape_struct
 from autopar.errors import MeshError
 from autopar.ir.arguments import Adapted, adapt
-from autopar.lowering.pipeline.build import Compiled, Layout, compile_pipeline, submeshes
+from autopar.lowering.pipeline.build import Compiled, compile_pipeline, submeshes
+from autopar.lowering.pipeline.cut import Layout
 from autopar.lowering.pipeline.trace import Measured, measure
 from autopar.plan import PipelinePlan
 from autopar.solver.schedule import Schedule, make_schedule
@@ -34,6 +35,8 @@ class Pipeline:
         microbatches: parts of the batch, in flight one after the other.
         chunks: stages on each submesh; None for what is usual under the schedule.
         stage_of_layer: the stage of each layer; empty for one layer a stage, of equal work.
+        remat: whether stages run their forward part again where the backward part needs it, or which of them; they
+            keep only what they were sent.
         plan: a plan to run instead of planning; it has all of the above.
         devices: of all submeshes, in order, or how many of those that JAX sees; None means all of these.
         static_argnums: arguments that are hashable Python values.
@@ -46,6 +49,7 @@ class Pipeline:
     microbatches: int = 4
     chunks: int | None = None
     stage_of_layer: tuple[int, ...] = ()
+    remat: bool | Collection[int] = False
     plan: PipelinePlan | None = None
     devices: Sequence[Any] | int | None = None
     static_argnums: tuple[int, ...] = ()
@@ -71,7 +75,8 @@ class Pipeline:
                 fix="give one mesh for all submeshes, or one for each",
             )
         each = tuple(meshes) * schedule.n_devices if len(meshes) == 1 else tuple(meshes)
-        return Layout(schedule, each, tuple(self.stage_of_layer), options.splitting())
+        again = frozenset(range(schedule.n_stages) if self.remat is True else self.remat or ())
+        return Layout(schedule, each, tuple(self.stage_of_layer), options.splitting(), again)
 
 
 class PipelineStep:

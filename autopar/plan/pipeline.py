@@ -27,6 +27,7 @@ class StagePrediction:
         peak_bytes: of a device, with all the stages that it holds and the microbatches in flight.
         in_flight: the most microbatches that the device keeps something for, counted once for each of its stages.
         sent_bytes: to the next stage in a step.
+        left_bytes: what a microbatch keeps from its backward pass for its weight part, where the schedule splits them.
     """
 
     forward_s: float
@@ -42,6 +43,7 @@ class StagePrediction:
     peak_bytes: float
     in_flight: int
     sent_bytes: float
+    left_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class PlannedStage:
         price_s_per_byte: what a byte of memory was worth when it was planned.
         scatters: whether gradients are reduced and scattered in every microbatch, so that only shards are summed.
         prediction: its part of the step.
+        rematerialised: whether it runs its forward part again where the backward part needs it.
     """
 
     device: int
@@ -61,6 +64,7 @@ class PlannedStage:
     price_s_per_byte: float
     scatters: bool
     prediction: StagePrediction
+    rematerialised: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,11 @@ class PipelinePlan:
         """First and last layer of each stage."""
         rows = range(len(self.stages))
         return tuple((self.stage_of_layer.index(k), _last(self.stage_of_layer, k)) for k in rows)
+
+    @property
+    def remat(self) -> frozenset[int]:
+        """The stages that run their forward part again."""
+        return frozenset(index for index, stage in enumerate(self.stages) if stage.rematerialised)
 
     @property
     def params(self) -> dict[str, tuple[tuple[str, ...], ...]]:

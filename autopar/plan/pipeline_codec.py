@@ -33,6 +33,7 @@ def encode(plan: PipelinePlan) -> str:
         "provenance": dict(plan.provenance),
         "stages": [
             {"device": stage.device, "price_s_per_byte": stage.price_s_per_byte, "scatters": stage.scatters}
+            | {"rematerialised": stage.rematerialised}
             | {"prediction": asdict(stage.prediction), "plan": codec.encoded(stage.plan)}
             for stage in plan.stages
         ],
@@ -70,5 +71,5 @@ def _decoded(data: Mapping[str, Any]) -> PipelinePlan:
 
 def _decoded_stage(data: Mapping[str, Any]) -> PlannedStage:
     prediction = StagePrediction(**data["prediction"])
-    plan, scatters = codec.decoded(data["plan"]), bool(data["scatters"])
-    return PlannedStage(data["device"], plan, data["price_s_per_byte"], scatters, prediction)
+    plan, scatters, again = codec.decoded(data["plan"]), bool(data["scatters"]), bool(data.get("rematerialised"))
+    return PlannedStage(data["device"], plan, data["price_s_per_byte"], scatters, prediction, again)

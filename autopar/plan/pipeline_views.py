@@ -27,6 +27,8 @@ def headline(plan: PipelinePlan) -> list[tuple[str, str]]:
         ("memory", f"{nbytes(plan.peak_bytes)} a device at the peak"),
         ("stages", "; ".join(dict.fromkeys(certificate(stage.plan) for stage in plan.stages))),
     ]
+    if plan.remat:
+        rows.append(("remat", f"forward again before backward in stages {', '.join(map(str, sorted(plan.remat)))}"))
     asked = [f"preset {plan.preset}"] if plan.preset else []
     asked += [f"pin {pattern}={spec}" for pattern, spec in plan.pins]
     if asked:

@@ -20,9 +20,9 @@ from autopar.ir.stages import Stage
 from autopar.ir.trace import trace
 from autopar.lowering.local_program import LocalProgram
 from autopar.lowering.morph import _routes, morph
-from autopar.lowering.pipeline.build import Compiled, Layout, build_pipeline
+from autopar.lowering.pipeline.build import Compiled, build_pipeline
 from autopar.lowering.pipeline.compile import slot_shape
-from autopar.lowering.pipeline.cut import PipelineError
+from autopar.lowering.pipeline.cut import Layout, PipelineError
 from autopar.lowering.pipeline.send import send
 from autopar.lowering.pipeline.trace import measure
 from autopar.lowering.processes import agreed, everywhere, exchange, is_the_same

@@ -14,8 +14,8 @@ from autopar.ir.layers import layer_boundary
 from autopar.ir.stages import Part, Tag
 from autopar.ir.trace import trace
 from autopar.lowering.local_program import Move
-from autopar.lowering.pipeline.build import Compiled, Layout, build_pipeline, compile_pipeline
-from autopar.lowering.pipeline.cut import PipelineError, into_stages
+from autopar.lowering.pipeline.build import Compiled, build_pipeline, compile_pipeline
+from autopar.lowering.pipeline.cut import Layout, PipelineError, into_stages
 from autopar.lowering.pipeline.parts import kept_bytes
 from autopar.lowering.pipeline.step import Call
 from autopar.lowering.pipeline.trace import chrome_trace, measure, spans_of

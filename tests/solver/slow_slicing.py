@@ -99,7 +99,8 @@ def price(problem: SlicingProblem, choice: Slice) -> tuple[float, float]:
         bottlenecks += [work, (m * v - 1) * x]
         fills.append((g + 2 * x) / v)
         onces.append(v * replicas * once)
-        saved = schedule.in_flight_bounds[place] * cost.activation_bytes_per_microbatch
+        each = max(cost.activation_bytes_per_microbatch, cost.left_bytes_per_microbatch * bool(schedule.split))
+        saved = schedule.in_flight_bounds[place] * each
         peaks.append(v * replicas * cost.state_bytes + saved + cost.peak_extra_bytes)
     return max(bottlenecks) + sum(fills) + max(onces), max(peaks)
 

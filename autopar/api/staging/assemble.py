@@ -14,7 +14,7 @@ from autopar.ir.fingerprint import fingerprint
 from autopar.ir.stages import Stage, Stages
 from autopar.ir.trace import Traced
 from autopar.lowering.local_program import LocalProgram
-from autopar.lowering.pipeline.build import Layout, cut_for
+from autopar.lowering.pipeline.cut import Layout, cut_for
 from autopar.plan import PipelinePlan, PlannedStage, StagePrediction
 from autopar.planner.search import Solved
 from autopar.sharding.lookup import RuleBook
@@ -96,14 +96,13 @@ class Pipelined:
     def timeline(self, drafts: Sequence[Draft]) -> Timeline:
         """The microbatches of a step, task by task."""
         costs = [draft.cost for draft in drafts]
-        saved = tuple(cost.activation_bytes_per_microbatch for cost in costs)
         task_costs = TaskCosts(
             forward_s=tuple(cost.forward_s for cost in costs),
             backward_s=tuple(cost.backward_s for cost in costs),
             weight_s=tuple(cost.weight_s for cost in costs),
             transfer_s=self._transfers_s,
-            activation_bytes=saved,
-            kept_bytes=saved,
+            activation_bytes=tuple(cost.activation_bytes_per_microbatch for cost in costs),
+            kept_bytes=tuple(cost.left_bytes_per_microbatch for cost in costs),
             state_bytes=tuple(cost.state_bytes for cost in costs),
         )
         return simulate(self.layout.schedule, task_costs)
@@ -140,8 +139,9 @@ class Pipelined:
     def _stage(self, index: int, draft: Draft, prediction: StagePrediction) -> PlannedStage:
         own = draft.prices.prediction(self.layout.schedule.n_microbatches, prediction.peak_bytes)
         device = self.layout.schedule.placements[0][index]
-        scatters = draft.prices.part.stage.scatters
-        return PlannedStage(device, replace(draft.plan, prediction=own), draft.price_s_per_byte, scatters, prediction)
+        stage, plan = draft.prices.part.stage, replace(draft.plan, prediction=own)
+        again = stage.rematerialised
+        return PlannedStage(device, plan, draft.price_s_per_byte, stage.scatters, prediction, again)
 
     def _predictions(self, drafts: Sequence[Draft], run: Timeline) -> list[StagePrediction]:
         schedule, m = self.layout.schedule, self.layout.schedule.n_microbatches
@@ -166,6 +166,7 @@ class Pipelined:
                     peak_bytes=peak_bytes(run, drafts, device),
                     in_flight=run.peak_in_flight[device],
                     sent_bytes=0.0 if last else m * self.traffic.crossing_bytes[index],
+                    left_bytes=cost.left_bytes_per_microbatch,
                 )
             )
         return found

@@ -10,7 +10,7 @@ from autopar.cost import CostModel, overlaps
 from autopar.ir.program import Value
 from autopar.ir.stages import Part as Kind
 from autopar.ir.stages import Stage
-from autopar.lowering.local_program import LocalProgram, Move, Slot, build_local_program
+from autopar.lowering.local_program import LocalProgram, Move, Slot, build_local_program, reads
 from autopar.lowering.pipeline.parts import Piece, StageParts, cut_parts
 from autopar.lowering.predict import collectives, communication_s, flops, local_bytes, memory
 from autopar.lowering.simulate import simulate
@@ -26,6 +26,19 @@ GAP = 1e-3
 """How close to its optimum a layer is priced: stages are planned whole, and exactly, once they are chosen."""
 
 PASSES = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHTS)
+
+
+@dataclass(frozen=True)
+class LayerCost(StageCost):
+    """What a layer costs as a stage, and more that decides what it costs in one that runs its forward part again.
+
+    Attributes:
+        again_s: forward pass up to what its own backward pass needs of it.
+        received_bytes: what it is sent for a microbatch, by the layers below or the batch.
+    """
+
+    again_s: float = 0.0
+    received_bytes: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +96,7 @@ class Priced:
         """Lays the stage's program out; ``rules`` are those that other parts looked up."""
         return Priced(part, replace(prepare_stage(part.stage, cost, microbatches), rules=rules or RuleBook()))
 
-    def costs(self, cost: CostModel, prices_s_per_byte: Sequence[float]) -> tuple[StageCost, ...]:
+    def costs(self, cost: CostModel, prices_s_per_byte: Sequence[float]) -> tuple[LayerCost, ...]:
         """What the stage costs on a submesh, planned once for each price of memory.
 
         Args:
@@ -183,20 +196,22 @@ class Prices:
             collectives=tuple(sent.values()),
         )
 
-    def stage_cost(self) -> StageCost:
+    def stage_cost(self) -> LayerCost:
         """The pieces' seconds and bytes as the search over stages takes them."""
         pieces = self.parts.pieces
         rare = [piece for piece in pieces if not piece.tag.part.per_microbatch]
         sync_s = sum(i.resharding.cost_s for p in rare for i in p.local.instructions if isinstance(i, Move))
         kept, saved = self._persistent(), self._activations()
-        saved_bytes = self._bytes(saved)
-        return StageCost(
+        return LayerCost(
             *(sum(self._run_s(p) for p in pieces if p.tag.part == kind) for kind in PASSES),
             sync_s=sync_s,
             optimizer_s=sum(self._serial_s(p) for p in rare) - sync_s,
             state_bytes=self._bytes(kept),
-            activation_bytes_per_microbatch=saved_bytes,
+            activation_bytes_per_microbatch=self._bytes(saved),
             peak_extra_bytes=max(self._extra_bytes(p, kept, saved) for p in pieces),
+            left_bytes_per_microbatch=self._bytes(self._left()),
+            again_s=self._again_s(saved),
+            received_bytes=self._bytes(frozenset(slot for slot in self.local.inputs if self._came_up(slot.value))),
         )
 
     def _compute_s(self, piece: Piece) -> float:
@@ -227,10 +242,28 @@ class Prices:
                 saved.update(slot for slot in piece.local.inputs if slot in made or self._came_up(slot.value))
         return frozenset(saved)
 
+    def _left(self) -> frozenset[Slot]:
+        """What the weight part reads of a microbatch."""
+        varying = self.part.stages.varying
+        weights = (piece for piece in self.parts.pieces if piece.tag.part == Kind.WEIGHTS)
+        return frozenset(slot for piece in weights for slot in piece.local.inputs if slot.value in varying)
+
+    def _again_s(self, saved: frozenset[Slot]) -> float:
+        """The forward part without what only other stages read."""
+        total_s = 0.0
+        for piece in (piece for piece in self.parts.pieces if piece.tag.part == Kind.FORWARD):
+            needed, again = set(saved), []
+            for instruction in reversed(piece.local.instructions):
+                if not needed.isdisjoint(instruction.outputs):
+                    needed.update(reads(instruction))
+                    again.append(instruction)
+            total_s += self._run_s(replace(piece, local=replace(piece.local, instructions=tuple(reversed(again)))))
+        return total_s
+
     def _came_up(self, value: Value) -> bool:
         """Whether a stage below, or the batch, gives a value."""
         stages = self.part.stages
-        return value in stages.varying and stages.maker.get(value, -1) < self.part.index
+        return value in self.parts.inputs and value in stages.varying and stages.maker.get(value, -1) < self.part.index
 
     def _extra_bytes(self, piece: Piece, kept: frozenset[Slot], saved: frozenset[Slot]) -> float:
         """What a piece needs beyond what is counted: what it reads and makes of that is in its own peak, too.

@@ -10,22 +10,21 @@ from dataclasses import asdict, dataclass, field, replace
 
 from autopar.api.planning import detect_hardware
 from autopar.api.splitting import splitting_of
-from autopar.api.staging.costs import Priced, unit_price_s_per_byte
+from autopar.api.staging.costs import LayerCost, Priced, unit_price_s_per_byte
 from autopar.api.staging.kinds import Part, crossing_bytes, layer_kinds, parts_of_kinds, tied_arguments
 from autopar.api.staging.links import ONE_DEVICE
-from autopar.api.staging.tables import LayerFacts, LayerTables
+from autopar.api.staging.tables import AGAIN, KEEP, LayerFacts, LayerTables
 from autopar.cluster import Cluster, Mesh
 from autopar.cost import RooflineCost, flops_of, hardware
 from autopar.ir.layers import Layers, cluster_layers
 from autopar.ir.step import Step
 from autopar.ir.trace import Traced
-from autopar.lowering.pipeline.build import Layout
-from autopar.lowering.pipeline.cut import microbatched
+from autopar.lowering.pipeline.cut import Layout, microbatched
 from autopar.lowering.time.microbatch import batch_arguments
 from autopar.plan import RunnerUp, Splitting
 from autopar.sharding.lookup import RuleBook
 from autopar.solver.schedule import make_schedule
-from autopar.solver.slicing import Slicing, SlicingProblem, StageCost, Submesh, slice_stages
+from autopar.solver.slicing import Slicing, SlicingProblem, Submesh, slice_stages
 
 MICROBATCHES = (4, 8, 16)
 """Numbers that are tried where nobody says, as far as they divide the batch."""
@@ -51,6 +50,7 @@ class Search:
         allow: "recompute" and "ghost_batch_norm": what to accept where microbatches need a value of the whole batch.
         static_argnums: arguments that are hashable Python values.
         runner_ups: how many of the next best plans to give.
+        remat: whether stages may run their forward part again where the backward part needs it, to save memory.
     """
 
     devices: int
@@ -66,6 +66,7 @@ class Search:
     allow: str | tuple[str, ...] = ()
     static_argnums: tuple[int, ...] = ()
     runner_ups: int = 3
+    remat: bool = True
 
     def cluster(self) -> Cluster:
         """The devices and their links, with the memory that may be used."""
@@ -153,6 +154,7 @@ class StagesPlan:
             tuple(places[device] for device in range(schedule.n_devices)),
             tuple(k for k, size in enumerate(sizes) for _ in range(size)),
             self.search.splitting(found.microbatches),
+            frozenset(k for k, stage in enumerate(found.stages) if stage.remat == AGAIN),
         )
         return layout, tuple(self.variants[stage.submesh.name].frugality for stage in found.stages)
 
@@ -171,7 +173,7 @@ def search_traced(traced: Traced, trace_s: float, search: Search) -> StagesPlan:
     """The best slicing of a traced step in stages, priced layer by layer; ``autopar.plan_stages`` plans its stages."""
     cluster, layers_s, intra_s = search.cluster(), 0.0, 0.0
     variants = submeshes(cluster, search)
-    runs: dict[tuple[str, int], dict[tuple[int, ...], StageCost]] = {}
+    runs: dict[tuple[str, int], dict[tuple[int, ...], LayerCost]] = {}
     layered: dict[int, Layered] = {}
     numbers, rules = search.numbers(traced), RuleBook()
     for m in numbers:
@@ -189,6 +191,7 @@ def search_traced(traced: Traced, trace_s: float, search: Search) -> StagesPlan:
         tuple(variant.submesh for variant in variants),
         numbers,
         search.schedules,
+        (KEEP, AGAIN) if search.remat else (KEEP,),
         chunks=search.chunks,
         memory_bytes=cluster.device.memory_bytes,
     )
@@ -294,9 +297,9 @@ def priced(
     cluster: Cluster,
     microbatches: int,
     rules: RuleBook | None = None,
-) -> dict[tuple[str, int], dict[tuple[int, ...], StageCost]]:
+) -> dict[tuple[str, int], dict[tuple[int, ...], LayerCost]]:
     """What every part costs under every variant, by (name of the submesh, microbatches) and run of kinds."""
-    found: dict[tuple[str, int], dict[tuple[int, ...], StageCost]] = {}
+    found: dict[tuple[str, int], dict[tuple[int, ...], LayerCost]] = {}
     one = RooflineCost(cluster, ONE_DEVICE)
     for run, part in parts.items():
         stages = Priced.of(part, one, microbatches, rules)
@@ -319,8 +322,13 @@ def _differences(best: Slicing, other: Slicing) -> list[str]:
         ("microbatches", best.microbatches, other.microbatches),
         ("stages", len(best.stages), len(other.stages)),
         ("submeshes", _submeshes_of(best), _submeshes_of(other)),
+        ("rematerialised stages", _remat_of(best), _remat_of(other)),
     ]
     return [f"{what} {theirs} for {ours}" for what, ours, theirs in pairs if ours != theirs] or ["other layers"]
+
+
+def _remat_of(slicing: Slicing) -> int:
+    return sum(stage.remat == AGAIN for stage in slicing.stages)
 
 
 def _submeshes_of(slicing: Slicing) -> str:

@@ -10,7 +10,7 @@ from autopar.ir.fingerprint import fingerprint
 from autopar.ir.stages import Stages
 from autopar.ir.trace import Traced
 from autopar.lowering.local_program import build_local_program
-from autopar.lowering.pipeline.build import Layout, cut_for
+from autopar.lowering.pipeline.cut import Layout, cut_for
 from autopar.plan import PipelinePlan
 from autopar.solver.schedule import Schedule, TaskCosts, Timeline, make_schedule, simulate
 
@@ -31,7 +31,7 @@ def timeline_of(plan: PipelinePlan) -> Timeline:
         weight_s=tuple(p.weight_s for p in each),
         transfer_s=tuple(p.transfer_s for p in each[:-1]),
         activation_bytes=tuple(p.kept_bytes for p in each),
-        kept_bytes=tuple(p.kept_bytes for p in each),
+        kept_bytes=tuple(p.left_bytes for p in each),
         state_bytes=tuple(p.state_bytes for p in each),
     )
     return simulate(schedule_of(plan), costs)
@@ -45,7 +45,7 @@ def planned_before(traced: Traced, plan: PipelinePlan) -> Planned:
     """
     check_program(plan, traced)
     schedule = schedule_of(plan)
-    stages = cut_for(traced, Layout(schedule, plan.meshes, plan.stage_of_layer, plan.splitting))
+    stages = cut_for(traced, Layout(schedule, plan.meshes, plan.stage_of_layer, plan.splitting, plan.remat))
     _check_stages(plan, stages, schedule)
     programs = []
     for stage, found in zip(stages.stages, plan.stages, strict=True):

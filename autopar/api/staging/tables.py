@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from autopar.api.staging.costs import LayerCost
 from autopar.api.staging.kinds import Tied
 from autopar.api.staging.links import link_between, transfer_s
 from autopar.cluster import Cluster
@@ -15,7 +16,10 @@ FIELDS = tuple(field.name for field in fields(StageCost))
 LARGEST = "peak_extra_bytes"
 """The field that is the largest of its layers', not their sum."""
 
-Runs = Mapping[tuple[int, ...], StageCost]
+KEEP, AGAIN = "none", "full"
+"""Policies of stages: to keep activations, or to run the forward part again and keep what they were sent."""
+
+Runs = Mapping[tuple[int, ...], LayerCost]
 """What one layer of each kind costs, by ``(kind,)``, and two that follow each other, by ``(kind, kind)``."""
 
 
@@ -66,14 +70,14 @@ class LayerTables:
         return StageCost(**{name: float(values[first_layer, last_layer]) for name, values in table.items()})
 
     def table(self, submesh: Submesh, microbatches: int, remat: str) -> dict[str, np.ndarray]:
-        """For each field of ``StageCost`` its value at ``[first_layer, last_layer]``; there is one policy, "none"."""
+        """For each field of ``StageCost`` its value at ``[first_layer, last_layer]``, under ``KEEP`` or ``AGAIN``."""
         runs, layers = self.runs[submesh.name, microbatches], self.layers[microbatches]
         found = {name: _table(name, layers.kinds, runs) for name in FIELDS}
         link_Bps = submesh.n_devices * link_between(self.cluster, 2 * submesh.n_devices).bandwidth_Bps
         found["sync_s"] = found["sync_s"] + 2.0 * layers.shared_bytes() / link_Bps
         found["sent_bytes"] = np.tile([*layers.boundary_bytes, 0.0], (len(layers.kinds), 1))
         found["replica_sync_s"] = 2.0 * _sums(layers.gradient_bytes) / link_Bps
-        return found
+        return found | _again(found, [runs[kind,] for kind in layers.kinds]) if remat == AGAIN else found
 
     def transfer_s(self, boundary: int, sender: Submesh, receiver: Submesh, microbatches: int) -> float:
         """Every device of the smaller submesh sends or receives its part of what crosses a boundary."""
@@ -89,6 +93,26 @@ def _table(name: str, kinds: Sequence[int], runs: Runs) -> np.ndarray:
         return np.maximum(_largest(alone), _between(_largest, [getattr(runs[p], name) if p else 0.0 for p in pairs]))
     more = [getattr(runs[p], name) - 2 * alone[i] if p else 0.0 for i, p in enumerate(pairs)]
     return np.maximum(_sums(alone) + _between(_sums, more), 0.0)
+
+
+def _again(kept: Mapping[str, np.ndarray], alone: Sequence[LayerCost]) -> dict[str, np.ndarray]:
+    """What differs where stages run their forward part again, in the backward part and on the same plan.
+
+    The last layer does so as far as its own backward pass needs it, the others as far as the next layer. What used to
+    be kept for a microbatch is there while its backward pass runs; all the time, what the first layer was sent.
+
+    Args:
+        kept: ``[first, last]``: the costs of stages that keep activations.
+        alone: of each layer.
+    """
+    forward_s, activation_bytes = kept["forward_s"], kept["activation_bytes_per_microbatch"]
+    last_s = np.array([layer.again_s for layer in alone])
+    received_bytes = np.triu(np.array([[layer.received_bytes] for layer in alone]) + np.zeros_like(activation_bytes))
+    return {
+        "backward_s": kept["backward_s"] + np.triu(np.maximum(forward_s - np.diag(forward_s), 0.0) + last_s),
+        "activation_bytes_per_microbatch": received_bytes,
+        LARGEST: kept[LARGEST] + np.maximum(activation_bytes - received_bytes, 0.0),
+    }
 
 
 def _sums(values: Sequence[float]) -> np.ndarray:

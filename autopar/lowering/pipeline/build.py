@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,19 +13,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from autopar.cluster import Mesh
 from autopar.ir.body import ancestors
 from autopar.ir.program import Atom, Constant, Value
-from autopar.ir.remat import rematerialised
 from autopar.ir.stages import Part, Stage, Stages
 from autopar.ir.trace import Traced
 from autopar.lowering.local_program import LocalProgram, Slot
 from autopar.lowering.pipeline.compile import StageRunner, compile_piece, slot_sharding, zeros_of
-from autopar.lowering.pipeline.cut import PipelineError, into_stages, microbatched
+from autopar.lowering.pipeline.cut import Layout, PipelineError, check_devices, cut_for
 from autopar.lowering.pipeline.order import Calls, order_calls
 from autopar.lowering.pipeline.parts import StageParts, cut_parts
 from autopar.lowering.pipeline.send import send
 from autopar.lowering.pipeline.step import Call, Shift, StepRun
 from autopar.lowering.processes import absent, everywhere, is_here, is_the_same
 from autopar.lowering.spmd import copies, device_mesh
-from autopar.plan import Splitting
 from autopar.solver.schedule import Schedule
 
 
@@ -196,38 +194,6 @@ StagePlanner = Callable[[Stage, Mesh, int], LocalProgram]
 """Plans a stage on a submesh, for so many microbatches a step: its whole program, every part once."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a pipeline runs what.
-
-    Attributes:
-        schedule: the order of tasks; says how many stages, devices of the pipeline and microbatches there are.
-        meshes: the submesh behind each device of the schedule, cut from the devices in turn.
-        stage_of_layer: the stage of each layer; empty for one layer a stage, of equal work.
-        splitting: which arguments are the batch, and what is allowed; the number of microbatches is the schedule's.
-        remat: the stages that run their forward part again where the backward part needs it, and keep only what they
-            were sent.
-    """
-
-    schedule: Schedule
-    meshes: tuple[Mesh, ...]
-    stage_of_layer: tuple[int, ...] = ()
-    splitting: Splitting = field(default_factory=Splitting)
-    remat: frozenset[int] = frozenset()
-
-
-def cut_for(traced: Traced, layout: Layout) -> Stages:
-    """A traced step in the stages of a layout.
-
-    Raises:
-        PipelineError, LayerError, MicrobatchError: see their texts.
-    """
-    _check_devices(len(layout.meshes), layout.schedule)
-    splitting = replace(layout.splitting, microbatches=layout.schedule.n_microbatches)
-    stages = into_stages(microbatched(traced, splitting), layout.schedule, layout.stage_of_layer)
-    return rematerialised(stages, layout.remat)
-
-
 def build_pipeline(
     traced: Traced,
     layout: Layout,
@@ -323,18 +289,10 @@ class _Compiler:
         return StageRunner(*place, part, mesh, pieces, sums, zeros_of(sums, mesh, self.monoids))
 
 
-def _check_devices(n_meshes: int, schedule: Schedule) -> None:
-    if n_meshes != schedule.n_devices:
-        raise PipelineError(
-            f"{n_meshes} submeshes for the {schedule.n_devices} devices of schedule {schedule.name}",
-            fix="pass one submesh for every device of the schedule",
-        )
-
-
 def _check_sizes(
     local_programs: Sequence[LocalProgram], meshes: Sequence[jax.sharding.Mesh], schedule: Schedule
 ) -> None:
-    _check_devices(len(meshes), schedule)
+    check_devices(len(meshes), schedule)
     if len(local_programs) != schedule.n_stages:
         raise PipelineError(
             f"{len(local_programs)} stages for the {schedule.n_stages} of schedule {schedule.name}",

@@ -1,10 +1,13 @@
 """From a traced step to the programs of its stages: microbatches, layers, stages."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+from autopar.cluster import Mesh
 from autopar.cost import flops_of
 from autopar.errors import AutoparError
 from autopar.ir.layers import cluster_layers
+from autopar.ir.remat import rematerialised
 from autopar.ir.stages import Stages, cut
 from autopar.ir.step import Step, around_loop
 from autopar.ir.trace import Traced
@@ -16,6 +19,39 @@ from autopar.solver.schedule import Schedule
 
 class PipelineError(AutoparError, ValueError):
     """A pipeline whose stages, submeshes and schedule do not fit together."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a pipeline runs what.
+
+    Attributes:
+        schedule: the order of tasks; says how many stages, devices of the pipeline and microbatches there are.
+        meshes: the submesh behind each device of the schedule, cut from the devices in turn.
+        stage_of_layer: the stage of each layer; empty for one layer a stage, of equal work.
+        splitting: which arguments are the batch, and what is allowed; the number of microbatches is the schedule's.
+        remat: the stages that run their forward part again where the backward part needs it, and keep only what they
+            were sent.
+    """
+
+    schedule: Schedule
+    meshes: tuple[Mesh, ...]
+    stage_of_layer: tuple[int, ...] = ()
+    splitting: Splitting = field(default_factory=Splitting)
+    remat: frozenset[int] = frozenset()
+
+
+def cut_for(traced: Traced, layout: Layout) -> Stages:
+    """A traced step in the stages of a layout.
+
+    Raises:
+        PipelineError, LayerError, MicrobatchError: see their texts.
+    """
+    check_devices(len(layout.meshes), layout.schedule)
+    _check_remat(layout)
+    splitting = replace(layout.splitting, microbatches=layout.schedule.n_microbatches)
+    stages = into_stages(microbatched(traced, splitting), layout.schedule, layout.stage_of_layer)
+    return rematerialised(stages, layout.remat)
 
 
 def microbatched(traced: Traced, splitting: Splitting) -> Step:
@@ -59,3 +95,22 @@ def into_stages(step: Step, schedule: Schedule, stage_of_layer: Sequence[int] = 
         )
     layers = cluster_layers(step.body, len(stage_of_layer), flops_of)
     return cut(step, layers, stage_of_layer, split_weights=bool(schedule.split))
+
+
+def check_devices(n_meshes: int, schedule: Schedule) -> None:
+    """Raises PipelineError unless there is a submesh for every device of a schedule."""
+    if n_meshes != schedule.n_devices:
+        raise PipelineError(
+            f"{n_meshes} submeshes for the {schedule.n_devices} devices of schedule {schedule.name}",
+            fix="pass one submesh for every device of the schedule",
+        )
+
+
+def _check_remat(layout: Layout) -> None:
+    unknown = sorted(layout.remat - set(range(layout.schedule.n_stages)))
+    if unknown:
+        raise PipelineError(
+            f"remat names stage {', '.join(map(str, unknown))}, there are stages 0 to {layout.schedule.n_stages - 1}",
+            where=f"schedule {layout.schedule.name}",
+            fix="give numbers of stages, or True for all of them",
+        )

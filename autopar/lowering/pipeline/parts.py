@@ -184,7 +184,7 @@ class _Cutter:
         if value not in self.varying or not wanted or (made is None and value in self.made):
             return wanted
         if made is None:
-            return {min(wanted)}
+            return self._of_received(move, wanted)
         sizes = self.local.mesh.sizes
         shrinks = move.source.spec.shards(sizes) < move.target.spec.shards(sizes)
         if self.stage.summed.get(value) == "sum" and not min(wanted).part.per_microbatch:
@@ -192,6 +192,13 @@ class _Cutter:
             return {made} if self.stage.scatters and shrinks else {min(wanted)}
         combined = value in self.stage.summed and not min(wanted).part.per_microbatch
         return {made} if shrinks or combined else {min(wanted)}
+
+    def _of_received(self, move: Move, wanted: set[Tag]) -> set[Tag]:
+        """The pieces that move what another stage, or the batch, gave: the first reader, and who keeps it not."""
+        sizes = self.local.mesh.sizes
+        grows = move.source.spec.shards(sizes) > move.target.spec.shards(sizes)
+        later = {tag for tag in wanted if tag.part > Part.FORWARD}
+        return {min(wanted), min(later)} if self.stage.rematerialised and grows and later else {min(wanted)}
 
     def _give(self, instruction: Instruction, tags: set[Tag]) -> None:
         for tag in tags:

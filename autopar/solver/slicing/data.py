@@ -38,6 +38,7 @@ class StageCost:
         peak_extra_bytes: the most that is live besides, while a task runs.
         sent_bytes: to the next stage, per microbatch.
         replica_sync_s: once per step: adding the gradients of two copies of the stage (Chimera).
+        left_bytes_per_microbatch: what the backward pass leaves for the gradients of weights, where these wait.
     """
 
     forward_s: float
@@ -50,6 +51,7 @@ class StageCost:
     peak_extra_bytes: float = 0.0
     sent_bytes: float = 0.0
     replica_sync_s: float = 0.0
+    left_bytes_per_microbatch: float = 0.0
 
 
 class StageCosts(Protocol):

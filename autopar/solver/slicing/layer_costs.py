@@ -77,6 +77,7 @@ class LayerCosts:
             "peak_extra_bytes": self._largest("activation_bytes") / (microbatches * n) * (remat == "full"),
             "sent_bytes": np.tile(boundary_bytes, (len(self.layers), 1)),
             "replica_sync_s": 2.0 * self._sums("gradient_bytes") / (n * self.bandwidth_Bps),
+            "left_bytes_per_microbatch": self._sums("activation_bytes") / (microbatches * n),
         }
 
     def _sums(self, field: str) -> np.ndarray:

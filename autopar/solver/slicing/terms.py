@@ -88,10 +88,15 @@ class Terms:
         return self.family.in_flight(self.least, device)
 
     def peak_bytes(self, in_flight: int) -> np.ndarray:
-        """Memory of a device that holds so many activations, if all its stages were this one."""
+        """Memory of a device that holds so many activations, if all its stages were this one.
+
+        Where backward is split, any of them may be what a rematerialised forward pass leaves for the weight part.
+        """
         stage = self.tables.stage
-        saved = in_flight * stage["activation_bytes_per_microbatch"]
-        return self.held * stage["state_bytes"] + saved + stage["peak_extra_bytes"]
+        each = stage["activation_bytes_per_microbatch"]
+        if self.family.traits.splits_backward:
+            each = np.maximum(each, stage["left_bytes_per_microbatch"])
+        return self.held * stage["state_bytes"] + in_flight * each + stage["peak_extra_bytes"]
 
 
 TIMES = ("forward_s", "backward_s", "weight_s")

@@ -18,7 +18,6 @@ def timeline(problem: SlicingProblem, slicing: Slicing, *, overlap: bool = True)
     """
     m, stages, costs = slicing.microbatches, slicing.stages, _costs(problem, slicing)
     schedule = make_schedule(slicing.schedule, slicing.n_pipeline_devices, m, slicing.n_chunks)
-    saved = tuple(cost.activation_bytes_per_microbatch for cost in costs)
     task_costs = TaskCosts(
         forward_s=tuple(cost.forward_s for cost in costs),
         backward_s=tuple(cost.backward_s for cost in costs),
@@ -26,8 +25,8 @@ def timeline(problem: SlicingProblem, slicing: Slicing, *, overlap: bool = True)
         transfer_s=tuple(
             problem.costs.transfer_s(one.last_layer, one.submesh, other.submesh, m) for one, other in pairwise(stages)
         ),
-        activation_bytes=saved,
-        kept_bytes=saved,
+        activation_bytes=tuple(cost.activation_bytes_per_microbatch for cost in costs),
+        kept_bytes=tuple(cost.left_bytes_per_microbatch for cost in costs),
         state_bytes=tuple(cost.state_bytes for cost in costs),
     )
     return simulate(schedule, task_costs, overlap=overlap)
