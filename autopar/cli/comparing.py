@@ -66,7 +66,7 @@ class Entry:
 def compare(request: Searching) -> None:
     """Shows the comparison; ends with exit code 1 if a preset beats the unrestricted plan."""
     searched = request.stages == api.AUTO
-    job = prepare_job(replace(request, stages=None, schedule=None, chunks=None))
+    job = prepare_job(replace(request, stages=None, schedule=None, chunks=None, remat=None))
     flat, piped = _entries(job), _pipeline_entries(job, request, searched)
     if flat[0].plan is None:
         raise InfeasibleError(flat[0].refused, fix="raise --memory-gb, or use more devices")

@@ -58,6 +58,13 @@ Schedules = Annotated[
     list[str] | None, typer.Option("--schedule", help="The order of a pipeline's tasks, as 1f1b; auto tries several.")
 ]
 Chunks = Annotated[int | None, typer.Option(min=1, help="Stages on each submesh, where a schedule lets one choose.")]
+Remat = Annotated[
+    str | None,
+    typer.Option(
+        metavar="STAGES",
+        help="Stages that run their forward part again, to keep less: all, none, or as 0,2; a search tries.",
+    ),
+]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, as autopar plan -o writes it.")]
 
 
@@ -77,6 +84,7 @@ class Searching:
     stages: Stages = None
     schedule: Schedules = None
     chunks: Chunks = None
+    remat: Remat = None
     rounds: Annotated[int, typer.Option(min=1, help="On a mesh with an axis pipe: rounds of a microbatch.")] = 1
     chunk: Annotated[
         list[str] | None,
@@ -118,6 +126,7 @@ class Running:
     stages: Stages = None
     schedule: Schedules = None
     chunks: Chunks = None
+    remat: Remat = None
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 10
     check: Annotated[bool, typer.Option(help="Compare the losses with one device.")] = False
     json: Json = False

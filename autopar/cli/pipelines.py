@@ -16,18 +16,21 @@ from autopar.cli.planning import Job, devices_for, parse_microbatches, provenanc
 from autopar.cli.printing import collective_json, plan_json
 from autopar.cluster import Mesh
 from autopar.errors import InfeasibleError, MeshError, MicrobatchError, PinError, PresetError
+from autopar.lowering.pipeline.cut import PipelineError
 from autopar.plan import Collective, PipelinePlan
 from autopar.solver.schedule import ScheduleError
 from autopar.solver.schedule.registry import family
 
 DEFAULT_SCHEDULE = Pipeline().schedule
+ALL, NONE = "all", "none"
+"""What ``--remat`` takes besides numbers of stages."""
 SEARCHED = ("1f1b", "gpipe", "interleaved")
 """Schedules that ``--schedule auto`` tries."""
 
 
 def wanted(request: Searching) -> bool:
     """Whether a command asks for a pipeline."""
-    asked = request.stages, request.schedule, request.chunks
+    asked = request.stages, request.schedule, request.chunks, request.remat
     return any(asked) or getattr(request, "preset", "") in PIPELINES
 
 
@@ -36,7 +39,7 @@ class Asked:
     """A pipeline of a given shape.
 
     Attributes:
-        how: schedule, submeshes, microbatches and stages on each.
+        how: schedule, submeshes, microbatches, stages on each, and which of them run their forward part again.
         inner: the preset of the stages.
         meshes: what the command names; empty to try every shape.
         devices: of all submeshes; None for those at hand.
@@ -69,7 +72,7 @@ class Asked:
             raise MicrobatchError(
                 "--microbatches auto goes with --stages auto", fix="give a number, or search with --stages auto"
             )
-        how = Pipeline(stages // chunks, schedule, microbatches, chunks)
+        how = Pipeline(stages // chunks, schedule, microbatches, chunks, remat=_stages_again(request.remat))
         how.tasks()  # refuses what the schedule cannot take before anything takes time
         meshes = tuple(map(Mesh.parse, request.mesh or ()))
         found = Asked(how, usual.inner if usual else preset, meshes, request.devices)
@@ -127,6 +130,14 @@ def _number_of_stages(request: Searching, chunks: int) -> int:
     return int(request.stages)
 
 
+def _stages_again(text: str | None) -> bool | frozenset[int]:
+    if text in (None, NONE, ALL):
+        return text == ALL
+    if not all(number.isdigit() for number in text.split(",")):
+        raise PipelineError(f"--remat {text} names no stages", fix="give all, none, or numbers of stages as 0,2")
+    return frozenset(map(int, text.split(",")))
+
+
 def plan_request(request: Planning, *, to_run: bool = False) -> tuple[Job, PipelinePlan]:
     """The pipeline that a command asks for, saved where it says; refused early if it is ``to_run`` and cannot."""
     job, found = _searched(request) if request.stages == api.AUTO else _asked(request)
@@ -174,6 +185,11 @@ def _searched(request: Planning) -> tuple[Job, PipelinePlan]:
     ):
         if given:
             raise error(f"{text} does not go with --stages auto", fix="give a number of stages, or leave it out")
+    if request.remat not in (None, api.AUTO, NONE):
+        raise PipelineError(
+            f"--remat {request.remat} does not go with --stages auto",
+            fix="give a number of stages, or let the search choose: --remat auto, or none",
+        )
     job = traced_job(request, None, request.devices, request.devices or 0)
     return job, plan_best(job, request).plan
 
@@ -190,6 +206,7 @@ def plan_best(job: Job, request: Searching) -> Planned:
         memory_gb=job.options.memory_gb,
         chunks=(request.chunks or 2,),
         allow=job.options.allow,
+        remat=request.remat != NONE,
     )
     with progress(f"searching for stages on {search.devices} devices") as update:
         found = search_traced(job.traced, job.trace_s, search)
@@ -228,6 +245,7 @@ def pipeline_json(plan: PipelinePlan) -> dict[str, Any]:
         "runner_ups": [asdict(other) for other in plan.runner_ups],
         "stages": [
             {"layers": list(plan.layers[index]), "place": stage.device, "scatters": stage.scatters}
+            | {"rematerialised": stage.rematerialised}
             | asdict(stage.prediction)
             | {"plan": plan_json(stage.plan)}
             for index, stage in enumerate(plan.stages)

@@ -14,6 +14,7 @@ STAGE_KEYS = {
         "layers",
         "place",
         "scatters",
+        "rematerialised",
         "forward_s",
         "backward_s",
         "weight_s",
@@ -22,7 +23,7 @@ STAGE_KEYS = {
         "busy_s",
         "bubble_s",
     ),
-    *("state_bytes", "kept_bytes", "extra_bytes", "peak_bytes", "in_flight", "sent_bytes", "plan"),
+    *("state_bytes", "kept_bytes", "extra_bytes", "peak_bytes", "in_flight", "sent_bytes", "left_bytes", "plan"),
 }
 TWO = ["--stages", "2", "--schedule", "1f1b", "--microbatches", "4", "--mesh", "data=2"]
 
@@ -74,6 +75,16 @@ def test_a_search_for_stages_shows_what_came_close_and_keeps_the_plan(tmp_path):
         assert text in result.stdout
     plan = load_plan(path)
     assert isinstance(plan, PipelinePlan) and plan.runner_ups and plan.n_devices <= 2
+
+
+def test_stages_that_run_their_forward_part_again_are_named_and_run_from_the_file(path, tmp_path):
+    lean, before = tmp_path / "lean.json", load_plan(path)
+    result = autopar("plan", *MLP, *TWO, "--remat", "0", "-o", lean)
+    assert result.exit_code == 0 and "forward again before backward in stages 0" in result.stdout, result.output
+    plan = load_plan(lean)
+    assert [stage.rematerialised for stage in plan.stages] == [True, False]
+    assert plan.stages[0].prediction.kept_bytes < before.stages[0].prediction.kept_bytes
+    assert json_of("run", *MLP, "--plan", lean, "--steps", "2", "--check")["max_rel_error"] < 1e-5
 
 
 def test_explain_shows_stages_and_when_they_run_what(path):
@@ -140,6 +151,18 @@ MISTAKES = {
     "several meshes without stages": (["--mesh", "data=2", "--mesh", "data=4"], ["2 meshes for one program"]),
     "a mesh for a search": (["--stages", "auto", "--mesh", "data=2"], ["--mesh does not go with --stages auto"]),
     "a preset for a search": (["--stages", "auto", "--preset", "dp"], ["--preset does not go with --stages auto"]),
+    "stages to run again that are no numbers": (
+        ["--stages", "2", "--remat", "first"],
+        ["--remat first names no stages", "give all, none, or numbers"],
+    ),
+    "a stage to run again that is not there": (
+        ["--stages", "2", "--mesh", "data=1", "--remat", "1,2"],
+        ["remat names stage 2, there are stages 0 to 1"],
+    ),
+    "stages to run again for a search": (
+        ["--stages", "auto", "--remat", "all"],
+        ["--remat all does not go with --stages auto"],
+    ),
     "too little memory": (
         ["--stages", "2", "--mesh", "data=1", "--memory-gb", "1e-6"],
         ["does not fit 1 kB a device", "microbatches in flight", "raise --memory-gb to"],
