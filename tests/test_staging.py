@@ -9,7 +9,7 @@ import pytest
 
 from autopar.api.planning import traced_in_time
 from autopar.api.staging.costs import Priced
-from autopar.api.staging.kinds import layer_kinds, tied_arguments
+from autopar.api.staging.kinds import Part, layer_kinds, tied_arguments
 from autopar.api.staging.search import (
     Layered,
     Search,
@@ -17,11 +17,12 @@ from autopar.api.staging.search import (
     search_traced,
     submeshes,
 )
-from autopar.api.staging.tables import LayerTables
+from autopar.api.staging.tables import AGAIN, KEEP, LayerTables
 from autopar.cluster import Mesh
 from autopar.cost import RooflineCost, hardware
 from autopar.errors import InfeasibleError
 from autopar.ir.arguments import adapt
+from autopar.ir.remat import rematerialised
 from autopar.ir.stages import cut
 from autopar.ir.trace import Traced
 from autopar.lowering.pipeline.cut import microbatched
@@ -92,8 +93,7 @@ def test_costs_of_layers_add_up_to_those_of_a_stage_planned_whole(mesh, run):
     numbered = [number - numbered[0] for number in numbered]
     stages = cut(found.step, found.layers, numbered, split_weights=True)
     cost = RooflineCost(hardware("v100"), Mesh.parse(mesh))
-    part = replace(found.parts[1,], stages=stages, index=numbered[first])
-    (whole,) = Priced.of(part, cost, M).costs(cost, [0.0])
+    (whole,) = Priced.of(Part(stages, numbered[first]), cost, M).costs(cost, [0.0])
     summed = plan.problem.costs.cost(first, last, plan.variants[name].submesh, M, "none")
     for field in ("state_bytes", "activation_bytes_per_microbatch"):  # plans of equal speed differ in what they keep
         assert getattr(summed, field) == pytest.approx(getattr(whole, field), rel=0.25)
@@ -101,10 +101,57 @@ def test_costs_of_layers_add_up_to_those_of_a_stage_planned_whole(mesh, run):
     assert passes[0] == pytest.approx(passes[1], rel=0.03)
 
 
-def test_the_plan_is_that_of_brute_force_over_the_same_costs():
-    problem = replace(planned("gpt").problem, schedules=("1f1b",))
-    found = min(_total_s(problem, cuts) for cuts in _slicings(problem))
+@pytest.mark.parametrize("mesh", ["data=1,tensor=1", "data=2,tensor=2"])
+@pytest.mark.parametrize("run", [(1, 2), (0, 1), (3, 3)])
+def test_a_stage_planned_whole_to_compute_again_takes_no_more_than_its_layers_say(mesh, run):
+    found, plan = layered("gpt"), planned("gpt")
+    name = next(name for name, other in plan.variants.items() if str(other.mesh) == mesh and not other.frugality)
+    first, last = run
+    numbered = [(layer >= first) + (layer > last) - (first == 0) for layer in range(4)]
+    stages = rematerialised(cut(found.step, found.layers, numbered, split_weights=True), [numbered[first]])
+    cost = RooflineCost(hardware("v100"), Mesh.parse(mesh))
+    (whole,) = Priced.of(Part(stages, numbered[first]), cost, M).costs(cost, [0.0])
+    kept, again = (
+        plan.problem.costs.cost(first, last, plan.variants[name].submesh, M, remat) for remat in (KEEP, AGAIN)
+    )
+    assert again.activation_bytes_per_microbatch == whole.activation_bytes_per_microbatch
+    assert again.activation_bytes_per_microbatch < 0.05 * kept.activation_bytes_per_microbatch
+    assert again.left_bytes_per_microbatch == pytest.approx(whole.left_bytes_per_microbatch, rel=0.15)
+    for name, much in (("state_bytes", 1.25), ("peak_extra_bytes", 1.5)):
+        assert getattr(whole, name) <= 1.001 * getattr(again, name) <= much * getattr(whole, name)
+    passes = [c.forward_s + c.backward_s + c.weight_s for c in (kept, whole, again)]
+    assert passes[0] < passes[1] <= passes[2] <= 1.05 * passes[1]
+
+
+def test_layers_that_compute_again_by_themselves_gain_nothing_from_a_stage_that_does():
+    step, *args = make("gpt", **MODELS["gpt"], remat=True)
+    search = Search(devices=4, hardware="v100", microbatches=(M,), layers=4, stage_devices=(1,))
+    problem = search_traced(traced_in_time(adapt(step, args))[0], 0.0, search).problem
+    one = problem.submeshes[0]
+    for layer in (1, 2):  # the others have embeddings and the loss besides
+        kept, again = (problem.costs.cost(layer, layer, one, M, remat) for remat in (KEEP, AGAIN))
+        assert again.backward_s == kept.backward_s
+        assert again.activation_bytes_per_microbatch == kept.activation_bytes_per_microbatch
+    assert {stage.remat for stage in slice_stages(problem).stages} == {KEEP}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.55])
+def test_the_plan_is_that_of_brute_force_over_the_same_costs_within_any_memory(share):
+    whole = replace(planned("gpt").problem, schedules=("1f1b",))
+    peak_bytes = max(stage.peak_bytes for stage in slice_stages(whole).stages)
+    problem = replace(whole, memory_bytes=share * peak_bytes)
+    fitting = (cuts for cuts in _slicings(problem) if _peak_bytes(problem, cuts) <= problem.memory_bytes)
+    found = min(_total_s(problem, cuts) for cuts in fitting)
     assert slice_stages(problem).total_s == pytest.approx(found, rel=1e-9)
+
+
+def test_stages_compute_again_where_that_is_the_faster_way_to_less_memory():
+    problem = replace(planned("gpt").problem, schedules=("1f1b",))
+    plenty = slice_stages(problem)
+    tight = replace(problem, memory_bytes=0.8 * max(stage.peak_bytes for stage in plenty.stages))
+    found, frugal = slice_stages(tight), slice_stages(replace(tight, remats=(KEEP,)))
+    assert {stage.remat for stage in plenty.stages} == {KEEP} and AGAIN in {stage.remat for stage in found.stages}
+    assert plenty.total_s < found.total_s < frugal.total_s
 
 
 def _slicings(problem: SlicingProblem):
@@ -121,18 +168,28 @@ def _with_submeshes(problem, spans, devices):
         return
     for submesh in problem.submeshes:
         if submesh.n_devices <= devices:
-            rest = _with_submeshes(problem, spans[1:], devices - submesh.n_devices)
-            yield from ([(*spans[0], submesh), *other] for other in rest)
+            for rest in _with_submeshes(problem, spans[1:], devices - submesh.n_devices):
+                yield from ([(*spans[0], submesh, remat), *rest] for remat in problem.remats)
 
 
 def _total_s(problem: SlicingProblem, cuts) -> float:
     """1F1B: the busiest stage runs m microbatches, the others fill; each send and its way back is waited for."""
     costs, m = problem.costs, M
-    stages = [costs.cost(first, end - 1, submesh, m, "none") for first, end, submesh in cuts]
+    stages = [costs.cost(first, end - 1, submesh, m, remat) for first, end, submesh, remat in cuts]
     sends = [costs.transfer_s(one[1] - 1, one[2], other[2], m) for one, other in pairwise(cuts)]
     work = [cost.forward_s + cost.backward_s + cost.weight_s for cost in stages]
     busy = [(m - 1) * (each + 2.0 * send) for each, send in zip(work, [*sends, 0.0], strict=True)]
     return max(busy) + sum(work) + 2.0 * sum(sends) + max(cost.sync_s + cost.optimizer_s for cost in stages)
+
+
+def _peak_bytes(problem: SlicingProblem, cuts) -> float:
+    """1F1B: a stage holds as many microbatches as there are stages from it on."""
+    stages = [problem.costs.cost(first, end - 1, submesh, M, remat) for first, end, submesh, remat in cuts]
+    held = [min(M, len(stages) - index) for index in range(len(stages))]
+    return max(
+        cost.state_bytes + n * cost.activation_bytes_per_microbatch + cost.peak_extra_bytes
+        for n, cost in zip(held, stages, strict=True)
+    )
 
 
 def test_more_devices_are_never_slower():

@@ -1,0 +1,137 @@
+"""Pipelines whose stages run their forward part again: the results of one device, and only what was sent is kept."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import autopar
+from autopar.errors import InfeasibleError
+from autopar.ir.stages import Part, Tag
+from autopar.lowering.audit import Audit, audit
+from autopar.lowering.pipeline.build import Compiled
+from autopar.lowering.pipeline.compile import slot_shape, slot_sharding
+from autopar.lowering.pipeline.cut import PipelineError
+from autopar.lowering.pipeline.parts import kept_bytes
+from autopar.plan import PipelinePlan, load_plan
+from benchmarks.cases import O0
+from models import gpt
+
+SMALL: dict[str, Any] = {
+    "layers": 1, "width": 32, "heads": 4, "vocab": 64, "seq": 32, "batch": 8, "optimizer": "sgd", "dropout": 0.1
+}  # fmt: skip
+STEPS, M = 3, 4
+TABLE = [("1f1b", "data=2"), ("zb_h1", "data=1")]
+
+
+@functools.cache
+def made() -> tuple[Any, Any, Any]:
+    return gpt.make(**SMALL)
+
+
+@functools.cache
+def on_one_device() -> tuple[list[float], Any]:
+    """The loss of each step, and the parameters after the last."""
+    step, state, batch = made()
+    run, losses = jax.jit(step, compiler_options=O0), []
+    for _ in range(STEPS):
+        state, metrics = run(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, state.params
+
+
+def trains_as_one_device_does(train: Any) -> None:
+    """Dropout is on: other masks the second time would give other gradients."""
+    _, state, batch = made()
+    start, losses = state.params, []
+    for _ in range(STEPS):
+        state, metrics = train(state, batch)
+        losses.append(float(metrics["loss"]))
+    expected, params = on_one_device()
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert distance(state.params, params) <= 1e-4 * distance(params, start)
+
+
+def distance(a: Any, b: Any) -> float:
+    pairs = zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    return float(np.sqrt(sum(np.sum((np.asarray(x) - np.asarray(y)) ** 2) for x, y in pairs)))
+
+
+@functools.cache
+def staged(schedule: str, mesh: str, remat: bool) -> tuple[Any, PipelinePlan, Compiled]:
+    step, state, batch = made()
+    how: dict[str, Any] = {"submeshes": 2, "schedule": schedule, "microbatches": M, "mesh": mesh, "hardware": "cpu"}
+    train = autopar.pipeline(step, **how, remat=remat, compiler_options=O0)
+    return train, train.plan(state, batch), train.compiled(state, batch)
+
+
+@pytest.mark.parametrize(("schedule", "mesh"), TABLE, ids=[row[0] for row in TABLE])
+def test_stages_that_compute_again_train_as_one_device_does_and_keep_what_they_were_sent(
+    schedule: str, mesh: str
+) -> None:
+    train, plan, compiled = staged(schedule, mesh, True)
+    trains_as_one_device_does(train)
+    assert plan.remat == {0, 1}
+    assert compiled.peaks == list(compiled.schedule.in_flight_bounds) == [s.prediction.in_flight for s in plan.stages]
+    for stage, runner in zip(plan.stages, compiled.runners, strict=True):
+        assert stage.prediction.kept_bytes == kept_bytes(runner.parts, compiled.cut.varying)
+        (forward,) = (piece for piece in runner.parts.pieces if piece.tag.part == Part.FORWARD)
+        later = {slot for piece in runner.parts.pieces if piece is not forward for slot in piece.local.inputs}
+        assert {slot.value for slot in later.intersection(forward.kept)} <= set(runner.parts.inputs)
+
+
+def test_the_compiler_finds_products_of_the_forward_part_in_the_backward_part_and_less_among_its_arguments() -> None:
+    (_, before, plain), (_, after, lean) = (staged(*TABLE[0], remat) for remat in (False, True))
+    for index in (0, 1):
+        forward, backward = (audited(plain, index, part) for part in (Part.FORWARD, Part.BACKWARD))
+        found = audited(lean, index, Part.BACKWARD)
+        assert found.product_flops > backward.product_flops + 0.5 * forward.product_flops
+        kept, left = (plan.stages[index].prediction.kept_bytes for plan in (before, after))
+        assert left < 0.05 * kept
+        # Not by all of that: it reads the parameters of the forward part, too.
+        assert found.argument_bytes < backward.argument_bytes - 0.6 * (kept - left)
+
+
+def audited(compiled: Compiled, index: int, part: Part) -> Audit:
+    runner = compiled.runners[index]
+    piece = runner.pieces[Tag(part)]
+    slots = (*piece.piece.local.inputs, *piece.piece.sums)
+    places = [(slot_shape(slot, runner.mesh), slot.value.dtype, slot_sharding(slot, runner.mesh)) for slot in slots]
+    shapes = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype, place in places]
+    return audit(piece.function.lower(*shapes).compile(compiler_options=O0), compiled.local_programs[index].mesh)
+
+
+SEARCH: dict[str, Any] = {"devices": 4, "hardware": "cpu", "microbatches": (M,), "layers": 4, "stage_devices": (2,)}
+
+
+def best(memory_gb: float | None, **options: Any) -> PipelinePlan:
+    step, state, batch = made()
+    return autopar.plan_stages(step, state, batch, memory_gb=memory_gb, **SEARCH, **options)
+
+
+def test_where_memory_is_short_the_search_finds_stages_that_compute_again_and_they_train_as_one_device_does(
+    tmp_path: Path,
+) -> None:
+    limit_gb = 0.29e-3
+    with pytest.raises(InfeasibleError, match="no slicing fits 290000 bytes per device"):
+        best(limit_gb, remat=False)
+    plan = best(limit_gb)
+    assert plan.remat == {0} and plan.peak_bytes <= 1e9 * limit_gb < best(None).peak_bytes
+    plan.save(tmp_path / "plan.json")
+    again = load_plan(tmp_path / "plan.json")
+    assert again == plan
+    train = autopar.compile(made()[0], again, compiler_options=O0)
+    trains_as_one_device_does(train)
+    compiled = train.compiled(*made()[1:])
+    assert compiled.peaks == [2, 1] == [stage.prediction.in_flight for stage in plan.stages]
+    for stage, runner in zip(plan.stages, compiled.runners, strict=True):
+        assert stage.prediction.kept_bytes == kept_bytes(runner.parts, compiled.cut.varying)
+
+
+def test_a_stage_that_is_not_there_is_refused() -> None:
+    step, state, batch = made()
+    with pytest.raises(PipelineError, match=r"(?s)remat names stage 2, there are stages 0 to 1.*schedule 1f1b"):
+        autopar.pipeline(step, remat=(0, 2)).plan(state, batch)
