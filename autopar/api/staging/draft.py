@@ -181,6 +181,7 @@ class Fitting:
         device = schedule.placements[0][stage]
         limit_bytes = planner.options.limit_bytes(planner.cost)
         needs_bytes, held = peak_bytes(run, drafts, device), run.peak_in_flight[device]
+        again = "" if planner.part.stage.rematerialised else f", run its forward part again (--remat {stage})"
         fewer = "" if schedule.name == "1f1b" else ", or schedule 1f1b, which keeps fewer of them"
         return InfeasibleError(
             f"stage {stage} does not fit {nbytes(limit_bytes)} a device: the leanest plan found needs "
@@ -189,6 +190,6 @@ class Fitting:
             f"{nbytes(cost.state_bytes)} of state, {nbytes(cost.activation_bytes_per_microbatch)} kept for each "
             f"microbatch, {nbytes(cost.peak_extra_bytes)} besides",
             fix=f"raise --memory-gb to {needs_bytes * 1.005 / 1e9:.3g}, take more microbatches, more stages or larger "
-            f"submeshes{fewer}",
+            f"submeshes{again}{fewer}",
             least_bytes=needs_bytes,
         )

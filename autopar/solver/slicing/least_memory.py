@@ -57,12 +57,13 @@ def raise_infeasible(problem: SlicingProblem) -> NoReturn:
     peaks = least.peaks_bytes()
     k = int(np.argmax(peaks))
     cut, s, tables = least.cuts[k], least.terms.least, least.terms.tables
+    more = "more devices or more microbatches" if len(problem.remats) > 1 else "more devices or rematerialisation"
     raise InfeasibleError(
         f"no slicing fits {problem.memory_bytes:.6g} bytes per device: the least that one needs is "
         f"{peaks[k]:.6g} bytes",
         where=f"stage {k} of {len(least.cuts)} (layers {cut.first} to {cut.end - 1} on {tables.submeshes[cut.c].name}, "
         f"remat {problem.remats[cut.r]}) under {least.terms.family.name} with {s.m} microbatches",
-        fix=f"allow memory_bytes of at least {peaks[k]:.6g}, more devices, more microbatches or rematerialisation",
+        fix=f"allow memory_bytes of at least {peaks[k]:.6g}, {more}",
     )
 
 

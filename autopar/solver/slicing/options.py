@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -111,8 +112,9 @@ class Options:
 
 
 def options(terms: Terms, memory_bytes: float) -> Options:
-    """All stages that fit memory as the last one at least."""
-    work_s, fill_s = terms.work_s(), terms.fill_s()
+    """All stages that fit memory as the last one at least, but for policies that are no better than an earlier one."""
+    work_s, fill_s, once_s = terms.work_s(), terms.fill_s(), terms.once_s()
+    weight_s = terms.tables.stage["weight_s"]
     most = np.zeros(work_s.shape, dtype=np.int64)
     n_layers = terms.tables.n_layers
     counts: dict[int, int] = {}
@@ -123,10 +125,19 @@ def options(terms: Terms, memory_bytes: float) -> Options:
     for held in sorted(counts):
         fits &= terms.peak_bytes(held) <= memory_bytes
         most += fits * counts[held]
-    r, c, first, last = np.nonzero(np.isfinite(work_s) & (most > 0))
+    useful = np.isfinite(work_s) & (most > 0) & _undominated((work_s, fill_s, once_s, -weight_s, -most))
+    r, c, first, last = np.nonzero(useful)
     order = np.argsort(first, kind="stable")
     r, c, first, last = r[order], c[order], first[order], last[order]
     at = (r, c, first, last)
     n = np.array(terms.tables.sizes, dtype=np.int64)[c]
-    weight_s = terms.tables.stage["weight_s"][at]
-    return Options(n_layers, first, last + 1, c, r, n, work_s[at], fill_s[at], terms.once_s()[at], weight_s, most[at])
+    return Options(n_layers, first, last + 1, c, r, n, work_s[at], fill_s[at], once_s[at], weight_s[at], most[at])
+
+
+def _undominated(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Where no earlier policy, the first index, has no value that is larger."""
+    keep = np.ones(values[0].shape, dtype=bool)
+    for r in range(1, len(keep)):
+        for other in range(r):
+            keep[r] &= ~np.logical_and.reduce([value[other] <= value[r] for value in values])
+    return keep
