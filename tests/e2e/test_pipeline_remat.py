@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import autopar
 from autopar.errors import InfeasibleError
+from autopar.ir.layers import layer_boundary
 from autopar.ir.stages import Part, Tag
 from autopar.lowering.audit import Audit, audit
+from autopar.lowering.local_program import Move
 from autopar.lowering.pipeline.build import Compiled
 from autopar.lowering.pipeline.compile import slot_shape, slot_sharding
 from autopar.lowering.pipeline.cut import PipelineError
@@ -123,12 +126,35 @@ def test_where_memory_is_short_the_search_finds_stages_that_compute_again_and_th
     plan.save(tmp_path / "plan.json")
     again = load_plan(tmp_path / "plan.json")
     assert again == plan
-    train = autopar.compile(made()[0], again, compiler_options=O0)
+    train: Any = autopar.compile(made()[0], again, compiler_options=O0)
     trains_as_one_device_does(train)
     compiled = train.compiled(*made()[1:])
     assert compiled.peaks == [2, 1] == [stage.prediction.in_flight for stage in plan.stages]
     for stage, runner in zip(plan.stages, compiled.runners, strict=True):
         assert stage.prediction.kept_bytes == kept_bytes(runner.parts, compiled.cut.varying)
+
+
+def test_what_was_sent_in_parts_is_gathered_again_and_not_kept_whole() -> None:
+    def step(weights: list[jax.Array], x: jax.Array) -> Any:
+        def loss(weights: list[jax.Array]) -> jax.Array:
+            value = x
+            for weight in weights:
+                value = layer_boundary(jnp.tanh(value @ weight))
+            return jnp.mean(value**2)
+
+        value, gradients = jax.value_and_grad(loss)(weights)
+        return [w - 0.1 * g for w, g in zip(weights, gradients, strict=True)], value
+
+    arguments = [0.1 * jax.random.normal(jax.random.key(i), (64, 64)) for i in range(2)], jnp.ones((16, 64))
+    how: dict[str, Any] = {"microbatches": 2, "stage_of_layer": (0, 1), "mesh": "tensor=4", "hardware": "cpu"}
+    pins = (("^name$", ",tensor"), ("^1$", ",tensor"))
+    train = autopar.pipeline(step, remat=(1,), pins=pins, donate=False, compiler_options=O0, **how)
+    pieces = [piece for piece in train.compiled(*arguments).runners[1].parts.pieces if piece.tag.part.per_microbatch]
+    moves = [i for piece in pieces for i in piece.local.instructions if isinstance(i, Move)]
+    assert [move.source.value.name for move in moves].count("name") == len(pieces) == 2
+    assert train.plan(*arguments).stages[1].prediction.kept_bytes == 4 * 8 * 64 / 4
+    for a, b in zip(*map(jax.tree.leaves, (train(*arguments), jax.jit(step)(*arguments))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_a_stage_that_is_not_there_is_refused() -> None:
