@@ -38,7 +38,7 @@ PIPELINE = PipelinePlan(
     stage_of_layer=(0, 0, 0, 1),
     meshes=MESHES,
     stages=(
-        PlannedStage(0, PLAN, 0.0, False, PREDICTION),
+        PlannedStage(0, PLAN, 0.0, False, PREDICTION, rematerialised=True),
         PlannedStage(1, replace(PLAN, mesh=MESHES[1]), 2e-9, True, replace(PREDICTION, in_flight=1, transfer_s=0.0)),
     ),
     step_s=20e-3,
@@ -61,6 +61,7 @@ def test_layers_and_figures_follow_from_the_stages():
     assert PIPELINE.layers == ((0, 2), (3, 3)) and PIPELINE.n_devices == 10 and PIPELINE.microbatches == 4
     assert PIPELINE.peak_bytes == 7e6
     assert PIPELINE.params == PLAN.params
+    assert PIPELINE.remat == {0}
     assert bubble_share(PIPELINE) == pytest.approx(3 / 20)
 
 
@@ -74,12 +75,22 @@ def test_a_page_says_what_every_stage_costs_and_what_came_close(what):
             "20 ms, 15% of",
             "7 MB",
             "within 1.00% of the optimum",
+            "forward again before backward in stages 0",
         ),
         *("data=2,tensor=4", "data=1,tensor=2", "0-2", "2 ms", "500 kB", "schedule gpipe for 1f1b; stages 3 for 2"),
         *("+25.0%", "3.0 CPU seconds: trace 1.0, stages 2.0"),
     ):
         assert part in text
     assert ("pin params/&lt;w&gt;=,tensor" if what == "notebook" else "pin params/<w>=,tensor") in text
+
+
+def test_a_plan_that_says_nothing_of_rematerialised_stages_has_none(tmp_path):
+    path, data = tmp_path / "plan.json", json.loads(PIPELINE.to_json())
+    for stage in data["stages"]:
+        del stage["rematerialised"], stage["prediction"]["left_bytes"]
+    path.write_text(json.dumps(data))
+    plan = load_plan(path)
+    assert isinstance(plan, PipelinePlan) and not plan.remat
 
 
 DAMAGED = {
