@@ -107,7 +107,7 @@ class Priced:
         known, found = formulator.formulate(0.0), []
         for price_s_per_byte in prices_s_per_byte:
             own = replace(self.prepared, formulator=Frugal(formulator, turns, price_s_per_byte, known))  # type: ignore[arg-type]
-            found.append(Prices.of(own, search(own, Limits(relative_gap=GAP)), self.part).stage_cost())
+            found.append(Prices.of(own, search(own, Limits(relative_gap=GAP)), self.part).layer_cost())
         return tuple(found)
 
 
@@ -196,13 +196,18 @@ class Prices:
             collectives=tuple(sent.values()),
         )
 
-    def stage_cost(self) -> LayerCost:
+    def layer_cost(self) -> LayerCost:
+        """The same, and what it would be in a stage that runs its forward part again."""
+        received = frozenset(slot for slot in self.local.inputs if self._came_up(slot.value))
+        return LayerCost(**vars(self.stage_cost()), again_s=self._again_s(), received_bytes=self._bytes(received))
+
+    def stage_cost(self) -> StageCost:
         """The pieces' seconds and bytes as the search over stages takes them."""
         pieces = self.parts.pieces
         rare = [piece for piece in pieces if not piece.tag.part.per_microbatch]
         sync_s = sum(i.resharding.cost_s for p in rare for i in p.local.instructions if isinstance(i, Move))
         kept, saved = self._persistent(), self._activations()
-        return LayerCost(
+        return StageCost(
             *(sum(self._run_s(p) for p in pieces if p.tag.part == kind) for kind in PASSES),
             sync_s=sync_s,
             optimizer_s=sum(self._serial_s(p) for p in rare) - sync_s,
@@ -210,8 +215,6 @@ class Prices:
             activation_bytes_per_microbatch=self._bytes(saved),
             peak_extra_bytes=max(self._extra_bytes(p, kept, saved) for p in pieces),
             left_bytes_per_microbatch=self._bytes(self._left()),
-            again_s=self._again_s(saved),
-            received_bytes=self._bytes(frozenset(slot for slot in self.local.inputs if self._came_up(slot.value))),
         )
 
     def _compute_s(self, piece: Piece) -> float:
@@ -248,9 +251,9 @@ class Prices:
         weights = (piece for piece in self.parts.pieces if piece.tag.part == Kind.WEIGHTS)
         return frozenset(slot for piece in weights for slot in piece.local.inputs if slot.value in varying)
 
-    def _again_s(self, saved: frozenset[Slot]) -> float:
+    def _again_s(self) -> float:
         """The forward part without what only other stages read."""
-        total_s = 0.0
+        saved, total_s = self._activations(), 0.0
         for piece in (piece for piece in self.parts.pieces if piece.tag.part == Kind.FORWARD):
             needed, again = set(saved), []
             for instruction in reversed(piece.local.instructions):
