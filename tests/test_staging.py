@@ -102,7 +102,7 @@ def test_costs_of_layers_add_up_to_those_of_a_stage_planned_whole(mesh, run):
 
 
 @pytest.mark.parametrize("mesh", ["data=1,tensor=1", "data=2,tensor=2"])
-@pytest.mark.parametrize("run", [(1, 2), (0, 1), (3, 3)])
+@pytest.mark.parametrize("run", [(1, 2), (3, 3)])
 def test_a_stage_planned_whole_to_compute_again_takes_no_more_than_its_layers_say(mesh, run):
     found, plan = layered("gpt"), planned("gpt")
     name = next(name for name, other in plan.variants.items() if str(other.mesh) == mesh and not other.frugality)

@@ -27,6 +27,7 @@ from autopar.solver.schedule.validate import most_held
 from benchmarks.cases import O0
 from benchmarks.pipelines import plan_stage
 from models import gpt
+from tests.closeness import assert_close
 from tests.e2e import test_pipeline_schedules as chain
 
 SMALL: dict[str, Any] = {
@@ -54,18 +55,13 @@ def on_one_device() -> tuple[list[float], Any]:
 def trains_as_one_device_does(train: Any) -> None:
     """Dropout is on: other masks the second time would give other gradients."""
     _, state, batch = made()
-    start, losses = state.params, []
+    losses = []
     for _ in range(STEPS):
         state, metrics = train(state, batch)
         losses.append(float(metrics["loss"]))
     expected, params = on_one_device()
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    assert distance(state.params, params) <= 1e-4 * distance(params, start)
-
-
-def distance(a: Any, b: Any) -> float:
-    pairs = zip(*map(jax.tree.leaves, (a, b)), strict=True)
-    return float(np.sqrt(sum(np.sum((np.asarray(x) - np.asarray(y)) ** 2) for x, y in pairs)))
+    assert_close(state.params, params)
 
 
 @functools.cache
@@ -94,8 +90,7 @@ def test_computing_again_goes_with_split_backward_parts_replicas_and_evictions(n
     params, batch = chain.arguments()
     for _ in range(2):
         params, metrics = run(params, batch)
-    for a, b in zip(jax.tree.leaves((params, metrics)), jax.tree.leaves(chain.reference(2)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert_close((params, metrics), chain.reference(2))
     assert run.peaks == [most_held(schedule, device) for device in range(p)]
     rows = 4 * chain.WIDTH * chain.arguments()[1]["x"].shape[0] // M
     last = max(runner.stage for runner in run.runners)
@@ -170,8 +165,7 @@ def test_what_was_sent_in_parts_is_gathered_again_and_not_kept_whole() -> None:
     moves = [i for piece in pieces for i in piece.local.instructions if isinstance(i, Move)]
     assert [move.source.value.name for move in moves].count("name") == len(pieces) == 2
     assert train.plan(*arguments).stages[1].prediction.kept_bytes == 4 * 8 * 64 / 4
-    for a, b in zip(*map(jax.tree.leaves, (train(*arguments), jax.jit(step)(*arguments))), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert_close(train(*arguments), jax.jit(step)(*arguments))
 
 
 def test_a_stage_that_is_not_there_is_refused() -> None:
