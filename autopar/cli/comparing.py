@@ -114,7 +114,9 @@ def _n_devices(job: Job) -> int:
 
 def _pipeline_entries(job: Job, request: Searching, searched: bool) -> list[Entry]:
     """The pipelines of the literature on as many devices; before them the best one, if it is searched for."""
-    own = replace(request, mesh=None, devices=_n_devices(job), stages=None if searched else request.stages)
+    own = replace(request, mesh=None, devices=_n_devices(job))
+    if searched:
+        own = replace(own, stages=None, remat=None)
     job = replace(job, options=replace(job.options, mesh=None, devices=own.devices, microbatches=1))
     with progress("comparing pipelines") as update:
         found = [_pipeline_entry(BEST_STAGES, lambda: plan_best(job, request))] if searched else []

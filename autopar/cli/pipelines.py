@@ -134,7 +134,10 @@ def _stages_again(text: str | None) -> bool | frozenset[int]:
     if text in (None, NONE, ALL):
         return text == ALL
     if not all(number.isdigit() for number in text.split(",")):
-        raise PipelineError(f"--remat {text} names no stages", fix="give all, none, or numbers of stages as 0,2")
+        raise PipelineError(
+            f"--remat {text} names no stages",
+            fix="give all, none, or numbers of stages as 0,2; auto goes with --stages auto",
+        )
     return frozenset(map(int, text.split(",")))
 
 
