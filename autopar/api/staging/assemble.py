@@ -12,6 +12,7 @@ from autopar.api.staging.kinds import Part
 from autopar.api.staging.links import Traffic, cluster_of, prices_on
 from autopar.ir.fingerprint import fingerprint
 from autopar.ir.stages import Stage, Stages
+from autopar.ir.step import Step
 from autopar.ir.trace import Traced
 from autopar.lowering.local_program import LocalProgram
 from autopar.lowering.pipeline.cut import Layout, cut_for
@@ -37,7 +38,12 @@ class Planned:
 
 
 def plan_pipeline(
-    traced: Traced, layout: Layout, options: Options, frugality: Sequence[float] = (), trace_s: float = 0.0
+    traced: Traced,
+    layout: Layout,
+    options: Options,
+    frugality: Sequence[float] = (),
+    trace_s: float = 0.0,
+    step: Step | None = None,
 ) -> Planned:
     """Plans every stage of a pipeline; no device is touched.
 
@@ -47,13 +53,14 @@ def plan_pipeline(
         options: hardware, memory of a device, preset and pins; each stage is planned under them.
         frugality: the price of memory of each stage, see ``Search``; empty for none.
         trace_s: seconds that tracing took.
+        step: the same step around its loop over the layout's microbatches, where that is known.
 
     Raises:
         InfeasibleError: a device has too little memory for its stages with their microbatches in flight.
         PipelineError, LayerError, MicrobatchError, PinError, PresetError: see their texts.
     """
     start = time.process_time()
-    stages = cut_for(traced, layout)
+    stages = cut_for(traced, layout, step)
     cut_s = time.process_time() - start
     pipeline = Pipelined.of(stages, layout, options)
     drafts = Fitting(pipeline.planners, pipeline.timeline).fitted(frugality)

@@ -46,4 +46,4 @@ def _planned(traced: Traced, found: StagesPlan, slicing: Slicing) -> Planned:
     layout, frugality = found.layout(slicing)
     search = found.search
     options = Options(mesh=layout.meshes[0], hardware=search.hardware, memory_gb=search.memory_gb)
-    return plan_pipeline(traced, layout, options, frugality)
+    return plan_pipeline(traced, layout, options, frugality, step=found.layered[slicing.microbatches].step)

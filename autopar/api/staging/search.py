@@ -121,22 +121,27 @@ class StagesPlan:
 
     Attributes:
         slicing: stages, microbatches, schedule, what is predicted, and the runner-ups.
-        kinds: the kind of each layer: equal numbers for equal layers.
         variants: submeshes by name, and how stages are planned on them.
         search: what it was chosen from.
         hardware: the profile that priced it.
         n_problems: how many intra-operator problems were solved for it.
         seconds: what planning took.
+        layered: the layers that were priced, by number of microbatches.
     """
 
     slicing: Slicing
-    kinds: tuple[int, ...]
     variants: Mapping[str, "Variant"]
     search: Search
     hardware: str
     n_problems: int
     seconds: Seconds
     problem: SlicingProblem = field(compare=False, repr=False)
+    layered: Mapping[int, "Layered"] = field(compare=False, repr=False)
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The kind of each layer: equal numbers for equal layers."""
+        return self.layered[self.slicing.microbatches].kinds
 
     @property
     def step_s(self) -> float:
@@ -199,8 +204,7 @@ def search_traced(traced: Traced, trace_s: float, search: Search) -> StagesPlan:
     seconds = Seconds(trace_s, layers_s, intra_s, time.process_time() - start)
     named = {variant.submesh.name: variant for variant in variants}
     n_problems = sum(map(len, runs.values()))
-    kinds = layered[slicing.microbatches].kinds
-    return StagesPlan(slicing, kinds, named, search, cluster.name, n_problems, seconds, problem)
+    return StagesPlan(slicing, named, search, cluster.name, n_problems, seconds, problem, layered)
 
 
 # -- layers

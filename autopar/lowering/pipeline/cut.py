@@ -41,8 +41,13 @@ class Layout:
     remat: frozenset[int] = frozenset()
 
 
-def cut_for(traced: Traced, layout: Layout) -> Stages:
+def cut_for(traced: Traced, layout: Layout, step: Step | None = None) -> Stages:
     """A traced step in the stages of a layout.
+
+    Args:
+        traced: the step.
+        layout: where to run what.
+        step: the same around its loop over the layout's microbatches, where that is known.
 
     Raises:
         PipelineError, LayerError, MicrobatchError: see their texts.
@@ -50,7 +55,7 @@ def cut_for(traced: Traced, layout: Layout) -> Stages:
     check_devices(len(layout.meshes), layout.schedule)
     _check_remat(layout)
     splitting = replace(layout.splitting, microbatches=layout.schedule.n_microbatches)
-    stages = into_stages(microbatched(traced, splitting), layout.schedule, layout.stage_of_layer)
+    stages = into_stages(step or microbatched(traced, splitting), layout.schedule, layout.stage_of_layer)
     return rematerialised(stages, layout.remat)
 
 
