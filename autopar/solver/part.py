@@ -21,7 +21,7 @@ from autopar.solver.tables import FREE_QUANTA_BITS, QUANTA_BITS, Tables, largest
 # A gap this small is float64 rounding. What rounding to quanta can make of a gap counts as well, up to the second.
 PROVEN_GAP, MOST_ROUNDING_GAP = 1e-9, 1e-8
 # Compiled kernels take half a second to load, which pays from so many nodes on, or if more solves are to follow.
-COMPILED_NODES = 3000
+COMPILED_NODES = 1000
 # Numbers (8 bytes each) that may be kept for the next solve.
 KEPT_ENTRIES = 60_000_000
 

@@ -13,12 +13,14 @@ from autopar.solver.milp import entries_of, highest_cost
 from autopar.solver.narrow import MILP_ENTRIES, branch_whole, choices_met, close_settled, settle_priced
 from autopar.solver.part import Part, Search, Stopped, Warm, whole_part
 from autopar.solver.presolve import drop_fixed, reduce_all
+from autopar.solver.primal import in_line
 from autopar.solver.problem import Choice, Problem, Progress
 from autopar.solver.room import least_sum_exceeds, no_room
 from autopar.solver.stages import (
     WIDENING,
     bound_and_prune,
     eliminate_whole,
+    guess_and_eliminate,
     improve_windows,
     mix_layers,
     offer_early,
@@ -114,6 +116,8 @@ def run(search: Search, hint: Sequence[int] | None = None) -> None:
     search.begin("presolve")
     reduce_all(draft)
     part = whole.smaller(*draft.finish())
+    if part.rows is None:
+        part = part.smaller(*in_line(part.problem, search.tables))
     search.stats["reduced_nodes"] = len(part.problem.nodes)
     search.stats["reduced_edge_entries"] = entries_of(part.problem)
     if part.rows is None or search.stats["reduced_edge_entries"] <= MILP_ENTRIES:
@@ -125,26 +129,34 @@ def run(search: Search, hint: Sequence[int] | None = None) -> None:
 
 
 def _close_free(part: Part) -> None:
-    """Without memory rows: bound, prune, improve, prune again, until tables are narrow; else branch."""
-    search, stuck = part.search, False
+    """Without memory rows: bound and prune until tables are narrow, each step harder than the last; else branch."""
+    search, step = part.search, 0
+    steps = (bound_and_prune, guess_and_eliminate, _sweep_finely, guess_and_eliminate, _search_neighbourhoods)
     while not eliminate_whole(part) and not search.done():
-        if stuck:
-            # Compiled kernels take half a second to load, which small problems should not pay.
-            from autopar.solver.wide import improve_free
-
-            smaller = improve_free(part, IMPROVE_SHARE * search.remaining())
-        else:
-            smaller = bound_and_prune(part)
+        smaller = steps[step](part)
         if smaller is None:
             _exhausted(search)
             return
         shrunk = entries_of(smaller.problem) < STUCK_SHARE * entries_of(part.problem)
-        if stuck and not shrunk:
+        if not shrunk and step == len(steps) - 1:
             small = entries_of(smaller.problem) <= MILP_ENTRIES
             if not eliminate_whole(smaller, WIDENING) and small and branch_whole(smaller, search.remaining()):
                 _exhausted(search)
             return
-        part, stuck = (smaller, False) if shrunk else (part, True)
+        part, step = (smaller, 0) if shrunk else (part, step + 1)
+
+
+def _sweep_finely(part: Part) -> Part | None:
+    # Compiled kernels take half a second to load, which small problems should not pay.
+    from autopar.solver.wide import sweep_finely
+
+    return sweep_finely(part)
+
+
+def _search_neighbourhoods(part: Part) -> Part | None:
+    from autopar.solver.wide import improve_free
+
+    return improve_free(part, IMPROVE_SHARE * part.search.remaining())
 
 
 def _close_limited(part: Part) -> None:
