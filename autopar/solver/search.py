@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from autopar.solver.clock import Clock
 from autopar.solver.draft import Draft
 from autopar.solver.eliminate import elimination_order
+from autopar.solver.mend import mend
 from autopar.solver.milp import entries_of, highest_cost
 from autopar.solver.narrow import MILP_ENTRIES, branch_whole, choices_met, close_settled, settle_priced
 from autopar.solver.part import Part, Search, Stopped, Warm, whole_part
@@ -31,6 +33,8 @@ from autopar.solver.stages import (
 QUICK_ENTRIES = 2_000_000_000
 # Shares of the time left that stages may take which others are to follow.
 PRICE_SHARE, IMPROVE_SHARE = 0.4, 0.4
+# For what is near a forbidden choice of the hint: seconds, and the gap at which it is good enough.
+MEND_S, MEND_GAP = 1.0, 1e-3
 # Pruning goes on while it leaves less than this share of the edge entries.
 STUCK_SHARE = 0.9
 
@@ -90,20 +94,38 @@ def solve(
     search = Search(problem, seconds, relative_gap, start.clock(), start.warm)
     search.on_progress, search.should_stop, search.seed = on_progress, should_stop, start.seed
     try:
-        run(search, start.hint)
+        if start.hint is not None:
+            _offer_hint(search, start.hint)
+        if not search.inherits():
+            run(search)
     except (Stopped, KeyboardInterrupt) as stop:
         if search.strategies is None and isinstance(stop, KeyboardInterrupt):
             raise
     finally:
         if start.warm is not None:
+            start.warm.remember(problem, search.bound)
             start.warm.shed()
     return search.finish()
 
 
-def run(search: Search, hint: Sequence[int] | None = None) -> None:
+def _offer_hint(search: Search, hint: Sequence[int]) -> None:
+    """A hint, mended where it is forbidden: of the nodes near by the best choice is found."""
+
+    def near(problem: Problem) -> Choice:
+        small = Search(problem, min(MEND_S, search.remaining()), MEND_GAP, search.clock)
+        small.should_stop = search.should_stop
+        with contextlib.suppress(Stopped):
+            run(small)
+        return small.choice()
+
+    mended = mend(search.problem, hint, near)
+    search.poll()
+    if mended is not None:
+        search.offer(mended)
+
+
+def run(search: Search) -> None:
     """Run the stages until one of them ends the search; incumbent and bound are left in it."""
-    if hint is not None:
-        search.offer(hint)
     if least_sum_exceeds(search.problem):
         raise no_room(search.problem, search.poll)
     whole = whole_part(search)
