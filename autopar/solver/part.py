@@ -50,7 +50,8 @@ class Warm:
 
     def remember(self, problem: Problem, bound: float) -> None:
         """No choice of the problem costs less."""
-        self._known = [(problem, bound), *self._known][:MOST_KNOWN]
+        if bound > -math.inf:
+            self._known = [(problem, bound), *self._known][:MOST_KNOWN]
 
     def bound(self, problem: Problem) -> float:
         """The best bound of those problems that allow all that this one does, at no more cost; ``-inf`` of none."""
@@ -146,6 +147,12 @@ class Search:
         """Take the bound that earlier solves left; whether that is enough."""
         self.raise_bound(self.warm.bound(self.problem))
         return self.done()
+
+    def leave(self) -> None:
+        """Leave to the next solve what it may use."""
+        if self.keeps_tables:
+            self.warm.remember(self.problem, self.bound)
+            self.warm.shed()
 
     def gap(self) -> float:
         """The relative gap; ``inf`` without incumbent or bound."""

@@ -31,7 +31,10 @@ def line_layout(problem: Problem) -> np.ndarray:
     for u, v, _ in problem.edges:
         near[u].append(v)
         near[v].append(u)
-    near = [others if len(others) <= HUB_NEIGHBOURS else [] for others in near]
+    hubs = {node for node, others in enumerate(near) if len(others) > HUB_NEIGHBOURS}
+    near = [
+        [] if node in hubs else [other for other in others if other not in hubs] for node, others in enumerate(near)
+    ]
     place = np.full(len(near), -1)
     count = 0
     for node in range(len(near)):

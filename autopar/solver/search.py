@@ -94,17 +94,12 @@ def solve(
     search = Search(problem, seconds, relative_gap, start.clock(), start.warm)
     search.on_progress, search.should_stop, search.seed = on_progress, should_stop, start.seed
     try:
-        if start.hint is not None:
-            _offer_hint(search, start.hint)
-        if not search.inherits():
-            run(search)
+        run(search, start.hint)
     except (Stopped, KeyboardInterrupt) as stop:
         if search.strategies is None and isinstance(stop, KeyboardInterrupt):
             raise
     finally:
-        if start.warm is not None:
-            start.warm.remember(problem, search.bound)
-            start.warm.shed()
+        search.leave()
     return search.finish()
 
 
@@ -119,13 +114,20 @@ def _offer_hint(search: Search, hint: Sequence[int]) -> None:
         return small.choice()
 
     mended = mend(search.problem, hint, near)
-    search.poll()
     if mended is not None:
         search.offer(mended)
+    search.poll()
 
 
-def run(search: Search) -> None:
+def run(search: Search, hint: Sequence[int] | None = None) -> None:
     """Run the stages until one of them ends the search; incumbent and bound are left in it."""
+    if hint is not None:
+        _offer_hint(search, hint)
+    if not search.inherits():
+        _run_stages(search)
+
+
+def _run_stages(search: Search) -> None:
     if least_sum_exceeds(search.problem):
         raise no_room(search.problem, search.poll)
     whole = whole_part(search)
@@ -138,8 +140,7 @@ def run(search: Search) -> None:
     search.begin("presolve")
     reduce_all(draft)
     part = whole.smaller(*draft.finish())
-    if part.rows is None:
-        part = part.smaller(*in_line(part.problem, search.tables))
+    part = part.smaller(*in_line(part.problem, search.tables))
     search.stats["reduced_nodes"] = len(part.problem.nodes)
     search.stats["reduced_edge_entries"] = entries_of(part.problem)
     if part.rows is None or search.stats["reduced_edge_entries"] <= MILP_ENTRIES:

@@ -41,6 +41,15 @@ def test_a_shuffled_chain_comes_out_in_order():
     assert line_layout(moved).tolist() in (list(range(20)), list(range(20))[::-1])
 
 
+def test_every_node_has_a_place_of_its_own_beside_hubs():
+    """A hub that is met last in a walk once kept the walk back from all others."""
+    spokes = [(0, node, np.eye(2)) for node in range(1, 40)]
+    rim = [(node, node + 1, np.eye(2)) for node in range(1, 20)]
+    place = line_layout(Problem((np.zeros(2),) * 40, (*spokes, *rim)))
+    assert sorted(place.tolist()) == list(range(40))
+    assert np.abs(np.diff(place[1:21])).tolist() == [1] * 19
+
+
 def _loopy(seed: int, n: int = 14, k: int = 4) -> Problem:
     """A grid-like tangle that reductions leave as it is."""
     random = np.random.default_rng(seed)
