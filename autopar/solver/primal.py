@@ -25,16 +25,20 @@ SCALES = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 4.0, 16.0, 256.0)
 HUB_NEIGHBOURS = 24
 
 
+def hubs_of(problem: Problem) -> set[int]:
+    """The nodes that join what is far apart: a graph with many of them is no thin, long thing."""
+    ends = np.array([(u, v) for u, v, _ in problem.edges], np.int64).ravel()
+    return set(np.flatnonzero(np.bincount(ends, minlength=1) > HUB_NEIGHBOURS).tolist())
+
+
 def line_layout(problem: Problem) -> np.ndarray:
     """``(nodes,)`` the place of each node on a line: breadth-first order from a far end of each component."""
     near: list[list[int]] = [[] for _ in problem.nodes]
+    hubs = hubs_of(problem)
     for u, v, _ in problem.edges:
-        near[u].append(v)
-        near[v].append(u)
-    hubs = {node for node, others in enumerate(near) if len(others) > HUB_NEIGHBOURS}
-    near = [
-        [] if node in hubs else [other for other in others if other not in hubs] for node, others in enumerate(near)
-    ]
+        if u not in hubs and v not in hubs:
+            near[u].append(v)
+            near[v].append(u)
     place = np.full(len(near), -1)
     count = 0
     for node in range(len(near)):

@@ -15,7 +15,7 @@ from autopar.solver.milp import entries_of, highest_cost
 from autopar.solver.narrow import MILP_ENTRIES, branch_whole, choices_met, close_settled, settle_priced
 from autopar.solver.part import Part, Search, Stopped, Warm, whole_part
 from autopar.solver.presolve import drop_fixed, reduce_all
-from autopar.solver.primal import in_line
+from autopar.solver.primal import hubs_of, in_line
 from autopar.solver.problem import Choice, Problem, Progress
 from autopar.solver.room import least_sum_exceeds, no_room
 from autopar.solver.stages import (
@@ -140,7 +140,9 @@ def _run_stages(search: Search) -> None:
     search.begin("presolve")
     reduce_all(draft)
     part = whole.smaller(*draft.finish())
-    part = part.smaller(*in_line(part.problem, search.tables))
+    if part.rows is None or not hubs_of(part.problem):
+        # Choices made in the order of time, on the other hand, keep to limits: so it stays where there is no line.
+        part = part.smaller(*in_line(part.problem, search.tables))
     search.stats["reduced_nodes"] = len(part.problem.nodes)
     search.stats["reduced_edge_entries"] = entries_of(part.problem)
     if part.rows is None or search.stats["reduced_edge_entries"] <= MILP_ENTRIES:
