@@ -10,7 +10,7 @@ import numpy as np
 from autopar.solver.compiled.arrays import graph_of, memory_of
 from autopar.solver.compiled.moves import polish, repair, state_of
 from autopar.solver.compiled.peaks import fill
-from autopar.solver.compiled.sweeps import cost, decode, excess, price, sweep
+from autopar.solver.compiled.sweeps import cost, decode, excess, price, reduced, sweep
 from autopar.solver.messages import BOUND_ROUNDING
 from autopar.solver.milp import ROUNDING, highest_cost
 from autopar.solver.part import Part
@@ -97,6 +97,20 @@ class Flat:
                 self.best = value, chosen.copy()
         return value
 
+    def _reduced(self) -> tuple[np.ndarray, np.ndarray]:
+        """By strategy what it adds to the bound of the last sweep: at its node alone, and with its edges."""
+        own, all_told = np.empty_like(self.costs), np.empty_like(self.costs)
+        reduced(self.graph, self.costs, self.messages, own, all_told)
+        self.part.search.clock.work(self.sweep_entries)
+        return own, all_told
+
+    def left(self, room: float) -> int:
+        """How many edge entries ``prune`` leaves at least, had each edge those of all strategies that it leaves."""
+        graph = self.graph
+        kept = np.add.reduceat(self._reduced()[1] <= room, graph.first[:-1], dtype=np.int64)
+        ends = graph.near[graph.twin[self.upward]], graph.near[self.upward]
+        return int((kept[ends[0]] * kept[ends[1]]).sum())
+
     def prune(self, room: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """What can be part of a choice that costs at most ``room`` more than the bound of the last sweep.
 
@@ -104,22 +118,19 @@ class Flat:
             The strategies to keep of each node, and each edge's matrix with impossible pairs forbidden.
         """
         graph, first = self.graph, self.graph.first
-        toward = [self.messages[graph.out[link] : graph.out[link + 1]] for link in range(len(graph.near))]
-        above = []
-        for node in range(len(first) - 1):
-            total = self.costs[first[node] : first[node + 1]].copy()
-            for link in range(graph.link_first[node], graph.link_first[node + 1]):
-                total += toward[graph.twin[link]]
-            above.append(total - total.min())
-        dearer, matrices = list(above), []
+        own, all_told = self._reduced()
+        above, dearer = np.split(own, first[1:-1]), np.split(all_told, first[1:-1])
+        matrices = []
         for (u, v), link in zip(self.ends, self.upward.tolist(), strict=True):
             start, shape = graph.table[link], (len(above[u]), len(above[v]))
             matrix = graph.entries[start : start + shape[0] * shape[1]].reshape(shape)
-            rest = np.maximum(matrix - toward[graph.twin[link]][:, None] - toward[link], 0.0)
-            dearer[u] = dearer[u] + rest.min(axis=1)
-            dearer[v] = dearer[v] + rest.min(axis=0)
+            rest = np.maximum(matrix - self._toward(graph.twin[link])[:, None] - self._toward(link), 0.0)
             matrices.append(np.where(rest + above[u][:, None] + above[v] <= room, matrix, np.inf))
         return [np.flatnonzero(extra <= room) for extra in dearer], matrices
+
+    def _toward(self, link: int) -> np.ndarray:
+        """What was moved from a link's edge to the node that it leads to."""
+        return self.messages[self.graph.out[link] : self.graph.out[link + 1]]
 
     @property
     def ends(self) -> list[tuple[int, int]]:
@@ -140,28 +151,42 @@ class Flat:
 
 
 class Unlimited:
-    """``Messages`` of a part without its memory rows."""
+    """``Messages`` of a part without its memory rows.
+
+    Attributes:
+        flat: the part's arrays.
+    """
 
     def __init__(self, part: Part) -> None:
         free = Problem(part.problem.nodes, part.problem.edges, (), 0.0)
-        self._flat = Flat(Part(part.search, free, part.lift, part.quantum), part.search.seed)
+        self.flat = Flat(Part(part.search, free, part.lift, part.quantum), part.search.seed)
+
+    @staticmethod
+    def of(part: Part) -> Unlimited:
+        """The part's messages, where they are such already."""
+        return part.messages if isinstance(part.messages, Unlimited) else Unlimited(part)
 
     @property
     def ends(self) -> list[tuple[int, int]]:
         """The edges."""
-        return self._flat.ends
+        return self.flat.ends
 
     def sweep(self) -> float:
         """One more sweep; the bound after it."""
-        return self._flat.sweep(self._flat.prices)
+        return self.flat.sweep(self.flat.prices)
 
     def decode(self) -> list[int]:
-        """A choice."""
-        return self._flat.decode()[0].tolist()
+        """A choice, improved node by node."""
+        self.flat.repaired(*self.flat.decode())
+        return self.flat.state.chosen.tolist()
+
+    def left(self, room: float) -> int:
+        """As ``Messages.left``."""
+        return self.flat.left(room)
 
     def prune(self, room: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """What can be part of a choice that costs at most ``room`` more than the bound."""
-        return self._flat.prune(room)
+        return self.flat.prune(room)
 
 
 def price_by_weights(flat: Flat, seconds: float) -> list[np.ndarray]:

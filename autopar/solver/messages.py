@@ -35,6 +35,10 @@ class Messages(Protocol):
         """A choice."""
         ...
 
+    def left(self, room: float) -> int:
+        """How many entries the edges of the strategies have that ``prune`` leaves."""
+        ...
+
     def prune(self, room: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """As ``Sweeps.prune``."""
         ...
@@ -59,6 +63,11 @@ class Unpriced:
     def decode(self) -> list[int]:
         """A choice."""
         return self._sweeps.decode(self._costs)
+
+    def left(self, room: float) -> int:
+        """How many entries the edges of the strategies have that ``prune`` leaves."""
+        kept, _ = self.prune(room)
+        return sum(len(kept[u]) * len(kept[v]) for u, v in self.ends)
 
     def prune(self, room: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """What can be part of a choice that costs at most ``room`` more than the bound."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.solver.branch import Program, integer_program, solve_program
+from autopar.solver.draft import Lift
 from autopar.solver.lagrange import Dual, Priced
 from autopar.solver.messages import Sweeps
 from autopar.solver.milp import Imposed, entries_of, highest_cost, polytope
@@ -109,6 +110,12 @@ def pruned(part: Part, settled: Settled, room: float) -> Part | None:
     """The part without what costs more than ``room`` quanta above the bound of the last sweep; None if all does."""
     if math.isinf(room):
         return part
+    within = narrowed(part, settled, room)
+    return None if within is None else part.smaller(*within)
+
+
+def narrowed(part: Part, settled: Settled, room: float) -> tuple[Problem, Lift] | None:
+    """As ``pruned``, with the way back to the part."""
     search, problem = part.search, part.problem
     kept, matrices = settled.prune(room)
     if any(len(labels) == 0 for labels in kept):
@@ -120,7 +127,7 @@ def pruned(part: Part, settled: Settled, room: float) -> Part | None:
         reduced, lift = simplify(fewer, search.tables)
     except NoChoiceError:
         return None
-    return part.smaller(reduced, lambda strategies: back(lift(strategies)))
+    return reduced, lambda strategies: back(lift(strategies))
 
 
 def guess_the_gap(part: Part, settled: Settled, seconds: float) -> bool:

@@ -13,7 +13,7 @@ from autopar.solver.draft import Lift
 from autopar.solver.eliminate import WIDE_ENTRIES
 from autopar.solver.messages import Messages, Unpriced
 from autopar.solver.milp import ROUNDING
-from autopar.solver.problem import Choice, NoChoiceError, Problem, Progress, relative_gap
+from autopar.solver.problem import Choice, NoChoiceError, Problem, Progress, relative_gap, restricts
 from autopar.solver.replay import Replay
 from autopar.solver.rows import Rows, rows_of
 from autopar.solver.tables import FREE_QUANTA_BITS, QUANTA_BITS, Tables, largest_finite, quantize, quantum_of
@@ -21,9 +21,11 @@ from autopar.solver.tables import FREE_QUANTA_BITS, QUANTA_BITS, Tables, largest
 # A gap this small is float64 rounding. What rounding to quanta can make of a gap counts as well, up to the second.
 PROVEN_GAP, MOST_ROUNDING_GAP = 1e-9, 1e-8
 # Compiled kernels take half a second to load, which pays from so many nodes on, or if more solves are to follow.
-COMPILED_NODES = 3000
+COMPILED_NODES = 1000
 # Numbers (8 bytes each) that may be kept for the next solve.
 KEPT_ENTRIES = 60_000_000
+# Bounds that may be kept for the next solve.
+MOST_KNOWN = 8
 
 
 class Stopped(Exception):
@@ -31,19 +33,29 @@ class Stopped(Exception):
 
 
 class Warm:
-    """What one solve leaves for the next on nearly the same problem: computed tables, and their quantum.
+    """What one solve leaves for the next on nearly the same problem: computed tables, their quantum, and bounds.
 
     Pass the same object to ``solve`` again and again: where only a pin has changed since, almost all tables are
-    found computed.
+    found computed, and where it forbids more than before, what bounded the earlier problem bounds this one.
     """
 
     def __init__(self) -> None:
         self.tables, self.quantum = Tables(), 0.0
+        self._known: list[tuple[Problem, float]] = []
 
     def shed(self) -> None:
         """Start anew where too much is held."""
         if self.tables.entries > KEPT_ENTRIES:
             self.tables = Tables()
+
+    def remember(self, problem: Problem, bound: float) -> None:
+        """No choice of the problem costs less."""
+        if bound > -math.inf:
+            self._known = [(problem, bound), *self._known][:MOST_KNOWN]
+
+    def bound(self, problem: Problem) -> float:
+        """The best bound of those problems that allow all that this one does, at no more cost; ``-inf`` of none."""
+        return max((bound for known, bound in self._known if restricts(problem, known)), default=-math.inf)
 
 
 class Search:
@@ -130,6 +142,17 @@ class Search:
     def raise_bound(self, bound: float) -> None:
         """A lower bound in the caller's costs; never above the incumbent, whose replay rounds differently."""
         self.bound = min(max(self.bound, bound), self.objective)
+
+    def inherits(self) -> bool:
+        """Take the bound that earlier solves left; whether that is enough."""
+        self.raise_bound(self.warm.bound(self.problem))
+        return self.done()
+
+    def leave(self) -> None:
+        """Leave to the next solve what it may use."""
+        if self.keeps_tables:
+            self.warm.remember(self.problem, self.bound)
+            self.warm.shed()
 
     def gap(self) -> float:
         """The relative gap; ``inf`` without incumbent or bound."""

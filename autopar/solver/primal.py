@@ -13,9 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from autopar.solver.draft import Lift
 from autopar.solver.lagrange import Column, Dual, Priced
 from autopar.solver.milp import ROUNDING
-from autopar.solver.problem import Problem
+from autopar.solver.problem import Problem, Usage
+from autopar.solver.tables import Tables
 
 SCALES = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 4.0, 16.0, 256.0)
 # A node with more neighbours than this joins layers that are far apart (a gradient norm); distance ignores
@@ -23,13 +25,20 @@ SCALES = (1.0, 1.003, 1.01, 1.03, 1.1, 1.3, 2.0, 4.0, 16.0, 256.0)
 HUB_NEIGHBOURS = 24
 
 
+def hubs_of(problem: Problem) -> set[int]:
+    """The nodes that join what is far apart: a graph with many of them is no thin, long thing."""
+    ends = np.array([(u, v) for u, v, _ in problem.edges], np.int64).ravel()
+    return set(np.flatnonzero(np.bincount(ends, minlength=1) > HUB_NEIGHBOURS).tolist())
+
+
 def line_layout(problem: Problem) -> np.ndarray:
     """``(nodes,)`` the place of each node on a line: breadth-first order from a far end of each component."""
     near: list[list[int]] = [[] for _ in problem.nodes]
+    hubs = hubs_of(problem)
     for u, v, _ in problem.edges:
-        near[u].append(v)
-        near[v].append(u)
-    near = [others if len(others) <= HUB_NEIGHBOURS else [] for others in near]
+        if u not in hubs and v not in hubs:
+            near[u].append(v)
+            near[v].append(u)
     place = np.full(len(near), -1)
     count = 0
     for node in range(len(near)):
@@ -40,6 +49,25 @@ def line_layout(problem: Problem) -> np.ndarray:
                     place[name] = count
                     count += 1
     return place
+
+
+def in_line(problem: Problem, tables: Tables) -> tuple[Problem, Lift]:
+    """The nodes in the order of the layout, and the way back; along it a sweep of messages carries far.
+
+    In the order of a train step each layer stands in three places (parameters, forward, backward), and a choice that
+    is made node by node in that order comes back to a layer when all its neighbours are settled.
+    """
+    place = line_layout(problem).tolist()
+    nodes: list[np.ndarray] = [problem.nodes[0]] * len(place)
+    for node, at in enumerate(place):
+        nodes[at] = problem.nodes[node]
+    edges = []
+    for u, v, matrix in problem.edges:
+        a, b = place[u], place[v]
+        edges.append((a, b, matrix) if a < b else (b, a, tables[tables.transpose(tables.intern(matrix))]))
+    usages = tuple(Usage(place[usage.node], usage.lo, usage.hi, usage.bytes) for usage in problem.usages)
+    moved = Problem(tuple(nodes), tuple(sorted(edges, key=lambda edge: edge[:2])), usages, problem.limit)
+    return moved, lambda strategies: [int(strategies[at]) for at in place]
 
 
 def _breadth_first(near: list[list[int]], start: int) -> list[int]:

@@ -199,6 +199,31 @@ def relative_gap(objective: float, bound: float) -> float:
     return max(0.0, objective - bound) / max(abs(objective), abs(bound), 1e-300)
 
 
+def restricts(problem: Problem, other: Problem) -> bool:
+    """Whether every choice of a problem is one of the other, at no less cost: more is forbidden, or the limit lower."""
+    if len(problem.nodes) != len(other.nodes) or len(problem.edges) != len(other.edges):
+        return False
+    if other.limit is not None:
+        if problem.limit is None or problem.limit > other.limit or len(problem.usages) != len(other.usages):
+            return False
+        if not all(map(_same_usage, problem.usages, other.usages)):
+            return False
+    nodes = zip(problem.nodes, other.nodes, strict=True)
+    edges = zip(problem.edges, other.edges, strict=True)
+    return all(a is b or (a.shape == b.shape and bool((a >= b).all())) for a, b in nodes) and all(
+        a is b or (a[:2] == b[:2] and _same(a[2], b[2])) for a, b in edges
+    )
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one is other or np.array_equal(one, other)
+
+
+def _same_usage(one: Usage, other: Usage) -> bool:
+    same_span = (one.node, one.lo, one.hi) == (other.node, other.lo, other.hi)
+    return one is other or (same_span and _same(one.bytes, other.bytes))
+
+
 class NoChoiceError(InfeasibleError):
     """No choice is feasible, or none was found.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,16 +10,19 @@ from dataclasses import dataclass
 from autopar.solver.clock import Clock
 from autopar.solver.draft import Draft
 from autopar.solver.eliminate import elimination_order
+from autopar.solver.mend import mend
 from autopar.solver.milp import entries_of, highest_cost
 from autopar.solver.narrow import MILP_ENTRIES, branch_whole, choices_met, close_settled, settle_priced
 from autopar.solver.part import Part, Search, Stopped, Warm, whole_part
 from autopar.solver.presolve import drop_fixed, reduce_all
+from autopar.solver.primal import hubs_of, in_line
 from autopar.solver.problem import Choice, Problem, Progress
 from autopar.solver.room import least_sum_exceeds, no_room
 from autopar.solver.stages import (
     WIDENING,
     bound_and_prune,
     eliminate_whole,
+    guess_and_eliminate,
     improve_windows,
     mix_layers,
     offer_early,
@@ -29,6 +33,8 @@ from autopar.solver.stages import (
 QUICK_ENTRIES = 2_000_000_000
 # Shares of the time left that stages may take which others are to follow.
 PRICE_SHARE, IMPROVE_SHARE = 0.4, 0.4
+# For what is near a forbidden choice of the hint: seconds, and the gap at which it is good enough.
+MEND_S, MEND_GAP = 1.0, 1e-3
 # Pruning goes on while it leaves less than this share of the edge entries.
 STUCK_SHARE = 0.9
 
@@ -93,15 +99,35 @@ def solve(
         if search.strategies is None and isinstance(stop, KeyboardInterrupt):
             raise
     finally:
-        if start.warm is not None:
-            start.warm.shed()
+        search.leave()
     return search.finish()
+
+
+def _offer_hint(search: Search, hint: Sequence[int]) -> None:
+    """A hint, mended where it is forbidden: of the nodes near by the best choice is found."""
+
+    def near(problem: Problem) -> Choice:
+        small = Search(problem, min(MEND_S, search.remaining()), MEND_GAP, search.clock)
+        small.should_stop = search.should_stop
+        with contextlib.suppress(Stopped):
+            run(small)
+        return small.choice()
+
+    mended = mend(search.problem, hint, near)
+    if mended is not None:
+        search.offer(mended)
+    search.poll()
 
 
 def run(search: Search, hint: Sequence[int] | None = None) -> None:
     """Run the stages until one of them ends the search; incumbent and bound are left in it."""
     if hint is not None:
-        search.offer(hint)
+        _offer_hint(search, hint)
+    if not search.inherits():
+        _run_stages(search)
+
+
+def _run_stages(search: Search) -> None:
     if least_sum_exceeds(search.problem):
         raise no_room(search.problem, search.poll)
     whole = whole_part(search)
@@ -114,6 +140,9 @@ def run(search: Search, hint: Sequence[int] | None = None) -> None:
     search.begin("presolve")
     reduce_all(draft)
     part = whole.smaller(*draft.finish())
+    if part.rows is None or not hubs_of(part.problem):
+        # Choices made in the order of time, on the other hand, keep to limits: so it stays where there is no line.
+        part = part.smaller(*in_line(part.problem, search.tables))
     search.stats["reduced_nodes"] = len(part.problem.nodes)
     search.stats["reduced_edge_entries"] = entries_of(part.problem)
     if part.rows is None or search.stats["reduced_edge_entries"] <= MILP_ENTRIES:
@@ -125,26 +154,34 @@ def run(search: Search, hint: Sequence[int] | None = None) -> None:
 
 
 def _close_free(part: Part) -> None:
-    """Without memory rows: bound, prune, improve, prune again, until tables are narrow; else branch."""
-    search, stuck = part.search, False
+    """Without memory rows: bound and prune until tables are narrow, each step harder than the last; else branch."""
+    search, step = part.search, 0
+    steps = (bound_and_prune, guess_and_eliminate, _sweep_finely, guess_and_eliminate, _search_neighbourhoods)
     while not eliminate_whole(part) and not search.done():
-        if stuck:
-            # Compiled kernels take half a second to load, which small problems should not pay.
-            from autopar.solver.wide import improve_free
-
-            smaller = improve_free(part, IMPROVE_SHARE * search.remaining())
-        else:
-            smaller = bound_and_prune(part)
+        smaller = steps[step](part)
         if smaller is None:
             _exhausted(search)
             return
         shrunk = entries_of(smaller.problem) < STUCK_SHARE * entries_of(part.problem)
-        if stuck and not shrunk:
+        if not shrunk and step == len(steps) - 1:
             small = entries_of(smaller.problem) <= MILP_ENTRIES
             if not eliminate_whole(smaller, WIDENING) and small and branch_whole(smaller, search.remaining()):
                 _exhausted(search)
             return
-        part, stuck = (smaller, False) if shrunk else (part, True)
+        part, step = (smaller, 0) if shrunk else (part, step + 1)
+
+
+def _sweep_finely(part: Part) -> Part | None:
+    # Compiled kernels take half a second to load, which small problems should not pay.
+    from autopar.solver.wide import sweep_finely
+
+    return sweep_finely(part)
+
+
+def _search_neighbourhoods(part: Part) -> Part | None:
+    from autopar.solver.wide import improve_free
+
+    return improve_free(part, IMPROVE_SHARE * part.search.remaining())
 
 
 def _close_limited(part: Part) -> None:

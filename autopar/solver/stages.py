@@ -10,8 +10,8 @@ import numpy as np
 from autopar.solver.branch import integer_program
 from autopar.solver.lagrange import Column, Dual, Priced, maximise
 from autopar.solver.messages import Sweeps
-from autopar.solver.milp import highest_cost
-from autopar.solver.narrow import MOST_SWEEPS, STALLED_SHARE, SWEEPS_PER_LOOK, Settled, pruned
+from autopar.solver.milp import entries_of, highest_cost
+from autopar.solver.narrow import MOST_SWEEPS, STALLED_SHARE, SWEEPS_PER_LOOK, Settled, narrowed, pruned
 from autopar.solver.part import Part
 from autopar.solver.presolve import restrict
 from autopar.solver.primal import feasible_by_prices, line_layout
@@ -25,17 +25,22 @@ WINDOW_NODES, WINDOW_S = 60, 3.0
 MOST_ENTRIES = 200_000_000
 # Prices are found by exact elimination if there is time for this many.
 FEW_ELIMINATIONS = 8
+# Messages end when they leave this share of the edge entries.
+LITTLE_SHARE = 0.25
+# Guesses of the gap, as shares of what is known of it.
+GUESSES = (0.02, 0.05, 0.12, 0.3)
 # Memory at this price times the cost, over all rows, outweighs costs.
 EARLY_PRICE = 100.0
 WIDENING = 10
 
 
-def eliminate_whole(part: Part, widening: int = 1) -> bool:
+def eliminate_whole(part: Part, widening: int = 1, ceiling: float = math.inf) -> bool:
     """Exact elimination without memory rows, where no table is too wide; whether that solved the problem.
 
     Args:
         part: what to solve.
         widening: how many times larger than usual a table may be.
+        ceiling: choices that are not in the part may cost this much, in quanta.
 
     Raises:
         NoChoiceError: everything is forbidden.
@@ -60,7 +65,7 @@ def eliminate_whole(part: Part, widening: int = 1) -> bool:
     search.stats["elimination_s"] = search.now() - start
     if math.isinf(least):
         raise NoChoiceError("forbidden costs exclude every choice", math.inf, (), fix="allow more strategies")
-    part.raise_bound(least)
+    part.raise_bound(min(least, ceiling))
     part.offer(strategies)
     # Without memory rows nothing is left in the part, however its incumbent rounds.
     return part.rows is None or search.done()
@@ -81,15 +86,20 @@ def offer_early(part: Part) -> None:
         part.offer(sweeps.decode(costs))
 
 
-def bound_and_prune(part: Part) -> Part | None:
-    """Message passing until it stalls, then drop what cannot be part of a better choice.
+def bound_and_prune(part: Part, stalled_share: float = STALLED_SHARE) -> Part | None:
+    """Message passing until little is left or it stalls, then drop what cannot be part of a better choice.
+
+    Args:
+        part: without memory rows.
+        stalled_share: a few sweeps that gain less than this share of the gap are the last.
 
     Returns:
         The smaller part, or None when nothing better than the incumbent is left.
     """
     search, messages = part.search, part.messages
     search.begin("message passing")
-    bound, before = -math.inf, -math.inf
+
+    bound, before, little = -math.inf, -math.inf, LITTLE_SHARE * entries_of(part.problem)
     for count in range(1, MOST_SWEEPS + 1):
         search.poll()
         bound = messages.sweep()
@@ -97,11 +107,50 @@ def bound_and_prune(part: Part) -> Part | None:
             part.raise_bound(bound)
             part.offer(messages.decode())
             gap = search.objective / part.quantum - bound
-            if search.done() or bound - before <= STALLED_SHARE * min(gap, abs(bound)):
+            if (
+                search.done()
+                or messages.left(part.room(bound)) <= little
+                or bound - before <= stalled_share * min(gap, abs(bound))
+            ):
                 break
             before = bound
-    settled = Settled(messages.prune, messages.ends, bound)
-    return pruned(part, settled, part.room(bound))
+    return pruned(part, Settled(messages.prune, messages.ends, bound), part.room(bound))
+
+
+def guess_and_eliminate(part: Part) -> Part | None:
+    """Suppose that the optimum is close to the bound: of the little that is left then, the best is found exactly.
+
+    Whatever a guess excludes costs more than it supposes, which bounds the whole part. Each guess is wider than the
+    one before, until one finds a better choice or its tables are too wide.
+
+    Returns:
+        What better choices than the incumbent are part of, or None when nothing better is left.
+    """
+    part.search.begin("guessing the gap")
+    messages = part.messages
+    settled = Settled(messages.prune, messages.ends, messages.sweep())
+    most = part.room(settled.bound)
+    for share in GUESSES:
+        if not _eliminate_guess(part, settled, share * most):
+            break
+    return pruned(part, settled, part.room(settled.bound))
+
+
+def _eliminate_guess(part: Part, settled: Settled, room: float) -> bool:
+    """The best choice that costs at most ``room`` more than the bound; whether a wider guess is worth it."""
+    within, ceiling = narrowed(part, settled, room), settled.bound + room
+    if within is None:
+        part.raise_bound(ceiling)
+        return not part.search.done()
+    problem, lift = within
+    small = part.smaller(problem, lift)
+    try:
+        narrow = eliminate_whole(small, ceiling=ceiling)
+    except NoChoiceError:
+        part.raise_bound(ceiling)
+        return not part.search.done()
+    better = small.best is not None and part.offer(lift(small.best))
+    return narrow and not better and not part.search.done()
 
 
 def price_memory(part: Part, seconds: float) -> tuple[Priced, Dual] | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autopar.solver.flat import Flat, price_by_weights
+from autopar.solver.flat import Flat, Unlimited, price_by_weights
 from autopar.solver.lineages import beside, improve
 from autopar.solver.milp import entries_of, highest_cost
 from autopar.solver.narrow import (
@@ -24,11 +24,12 @@ from autopar.solver.narrow import (
 )
 from autopar.solver.part import Part, Search
 from autopar.solver.problem import Problem, Usage
+from autopar.solver.stages import bound_and_prune
 
 # Shares of the time left, in the order of the stages, and the time for one recombination.
 PRICE_SHARE, GUESS_SHARE, SMALL_SHARE, FIRST_SHARE, MERGE_S = 0.3, 0.7, 0.25, 0.6, 4.0
 # Messages end when they gain less than this share of the gap in a few sweeps.
-FINE_SHARE = 2e-4
+FINE_SHARE = 1e-3
 # At this gap even of a large problem so little may be left that an integer program can close it.
 SMALL_GAP = 2e-3
 # Lineages at least and at most, and the seconds that there should be for each.
@@ -91,44 +92,31 @@ def _settled(flat: Flat) -> Settled:
     return Settled(flat.prune, flat.ends, bound)
 
 
-def improve_free(part: Part, seconds: float) -> Part | None:
-    """A part without memory rows: messages for as long as they gain, then neighbourhoods around what they lead to.
+def sweep_finely(part: Part) -> Part | None:
+    """``bound_and_prune`` with compiled messages, for as long as they gain at all."""
+    part.messages = Unlimited.of(part)
+    return bound_and_prune(part, FINE_SHARE)
 
-    Returns:
-        The smaller part, or None when nothing better than the incumbent is left.
-    """
-    free = Problem(part.problem.nodes, part.problem.edges, (), 0.0)
-    flat = Flat(Part(part.search, free, part.lift, part.quantum), part.search.seed)
+
+def improve_free(part: Part, seconds: float) -> Part | None:
+    """Neighbourhoods around the best choice of a part without memory rows, then ``bound_and_prune``'s pruning."""
+    search, messages = part.search, Unlimited.of(part)
+    flat, end = messages.flat, search.now() + seconds
+    search.begin("neighbourhoods")
+    if part.best is not None:
+        flat.offer(np.array(part.best, np.int64))
+    found, seed, before = [], search.seed, math.inf
     try:
-        bound = _improve_flat(flat, part.search.now() + seconds)
+        while flat.best is not None and flat.best[0] < before and search.now() < end and not search.done():
+            before, left = flat.best[0], end - search.now()
+            found = improve(flat, _starts(flat, found, left), left, seed)
+            seed += MOST_LINEAGES
     finally:
         flat.flush()
-    if flat.part.best is not None:
-        part.offer(flat.part.best)
-    return pruned(part, Settled(flat.prune, flat.ends, bound), part.room(bound))
-
-
-def _improve_flat(flat: Flat, end: float) -> float:
-    search = flat.part.search
-    found: list[np.ndarray] = []
-
-    def sweep() -> float:
-        bound = flat.sweep(flat.prices)
-        value = flat.repaired(*flat.decode())
-        if flat.best is not None and value <= flat.best[0]:
-            found.append(flat.state.chosen.copy())
-        return bound
-
-    search.begin("message passing")
-    bound = settle(flat.part, sweep, FINE_SHARE)
-    flat.flush()
-    search.begin("neighbourhoods")
-    seed, before = search.seed, math.inf
-    while flat.best is not None and flat.best[0] < before and search.now() < end and not search.done():
-        before, left = flat.best[0], end - search.now()
-        found = improve(flat, _starts(flat, found, left), left, seed)
-        seed += MOST_LINEAGES
-    return bound
+    if flat.best is not None:
+        part.offer(flat.best[1].tolist())
+    bound = messages.sweep()
+    return pruned(part, Settled(messages.prune, messages.ends, bound), part.room(bound))
 
 
 def _explore(flat: Flat, found: Sequence[np.ndarray]) -> None:

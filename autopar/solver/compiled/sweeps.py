@@ -93,6 +93,32 @@ def _pull(graph, messages, link, k):
 
 
 @kernel()
+def reduced(graph: Graph, costs: np.ndarray, messages: np.ndarray, own: np.ndarray, all_told: np.ndarray) -> None:
+    """After a sweep, what choosing each strategy adds to the bound: at its node alone, and with its edges."""
+    for node in range(len(graph.first) - 1):
+        first, end = graph.first[node], graph.first[node + 1]
+        least = np.inf
+        for s in range(first, end):
+            own[s] = costs[s]
+            for link in range(graph.link_first[node], graph.link_first[node + 1]):
+                own[s] += messages[graph.out[graph.twin[link]] + s - first]
+            least = min(least, own[s])
+        for s in range(first, end):
+            own[s] -= least
+            all_told[s] = own[s]
+        for link in range(graph.link_first[node], graph.link_first[node + 1]):
+            away, at = graph.out[link], graph.out[graph.twin[link]]
+            width = graph.out[link + 1] - away
+            for s in range(first, end):
+                row = graph.table[link] + (s - first) * width
+                least = np.inf
+                for t in range(width):
+                    value = graph.entries[row + t] - messages[away + t]
+                    least = value if value < least else least
+                all_told[s] += max(least - messages[at + s - first], 0.0)
+
+
+@kernel()
 def decode(graph, costs, messages, chosen):
     """Choose node by node, given the choices before and what edges to those after can give."""
     total = np.empty(len(costs))
