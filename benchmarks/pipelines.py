@@ -27,7 +27,8 @@ from autopar.api.staging.prepare import prepare_stage
 from autopar.cluster import Mesh
 from autopar.ir.stages import Stage
 from autopar.ir.trace import trace
-from autopar.lowering.local_program import LocalProgram, build_local_program
+from autopar.lowering.instructions import LocalProgram
+from autopar.lowering.local_program import build_local_program
 from autopar.lowering.pipeline.build import Compiled, build_pipeline
 from autopar.lowering.pipeline.cut import Layout
 from autopar.solver.schedule import SCHEDULES, Schedule, make_schedule

@@ -105,7 +105,7 @@ def _done_twice(local: Any, plan: Any, found: Any) -> dict[str, object]:
     """What the plan repeats, and what the compiler merged of it: no collective, no product where all is well."""
     from autopar.lowering import predict
     from autopar.lowering.audit import merged
-    from autopar.lowering.local_program import Move
+    from autopar.lowering.instructions import Move
 
     again = [i for i, _ in predict.walk(local) if isinstance(i, Move) and i.repeat]
     return {

@@ -22,7 +22,8 @@ from autopar.cost.alpa import AlpaCost
 from autopar.errors import InfeasibleError
 from autopar.ir.trace import trace
 from autopar.lowering.audit import audit, compare
-from autopar.lowering.local_program import LocalProgram, build_local_program
+from autopar.lowering.instructions import LocalProgram
+from autopar.lowering.local_program import build_local_program
 from autopar.lowering.spmd import device_mesh, lower
 from autopar.plan import Plan
 from autopar.planner.pins import narrow, restrict

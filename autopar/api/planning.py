@@ -17,7 +17,8 @@ from autopar.errors import InfeasibleError, MicrobatchError
 from autopar.ir.arguments import Adapted
 from autopar.ir.trace import Traced, trace
 from autopar.lowering import predict
-from autopar.lowering.local_program import LocalProgram, build_local_program
+from autopar.lowering.instructions import LocalProgram
+from autopar.lowering.local_program import build_local_program
 from autopar.lowering.routes import routes
 from autopar.lowering.simulate import hidden_s
 from autopar.lowering.spmd import argument_shardings

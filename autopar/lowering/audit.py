@@ -110,7 +110,7 @@ def _collectives(module: hlo.Module, mesh: Mesh) -> tuple[Collective, ...]:
     for found in hlo.communications(module, mesh.n_devices):
         total = totals[found.kind, axes_spanned(found.groups, mesh), found.dtype]
         total[0] += found.nbytes * found.times
-        total[1] += found.times
+        total[1] += found.times * found.arrays
     return tuple(
         Collective(kind, axes, nbytes, int(count), dtype)
         for (kind, axes, dtype), (nbytes, count) in sorted(totals.items())

@@ -86,6 +86,7 @@ class Communication:
         nbytes: per device and execution, of the larger of input and output.
         groups: who talks to whom; for a permutation, the pairs (source, target). Empty: all devices.
         times: how often a step runs it.
+        arrays: how many the lowering joined to one for it (``autopar.lowering.reshard.execute_together``).
     """
 
     kind: str
@@ -93,6 +94,7 @@ class Communication:
     nbytes: float
     groups: Groups
     times: int
+    arrays: int = 1
 
 
 def parse(text: str) -> Module:
@@ -235,7 +237,16 @@ def communications(module: Module, n_devices: int) -> Iterator[Communication]:
             parts = [(parts[0][0], sum(nbytes for _, nbytes in parts))]
         growth = size if kind == "all_gather" else 1
         for dtype, nbytes in parts:
-            yield Communication(kind, dtype, nbytes * growth, groups, times)
+            yield Communication(kind, dtype, nbytes * growth, groups, times, _arrays(instruction))
+
+
+TOGETHER = "together."
+"""Names the scope of a collective on several arrays, followed by how many."""
+
+
+def _arrays(instruction: Instruction) -> int:
+    found = re.search(rf'op_name="[^"]*/{re.escape(TOGETHER)}(\d+)/', instruction.attributes)
+    return int(found.group(1)) if found else 1
 
 
 def _continues(instruction: Instruction, scope: dict[str, Instruction]) -> bool:

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from autopar.cost import CostModel, Work, equation_flops, fusible, rounds_products
 from autopar.cost.liveness import LAYOUT, kept_values, read_by_products
 from autopar.cost.on_chip import Stay, chip_of, placed_on_chip
-from autopar.lowering.local_program import Barrier, Branch, Instruction, LocalProgram, Loop, Move, Run, Slot, reads
+from autopar.lowering.instructions import (
+    Barrier,
+    Branch,
+    Bundle,
+    Instruction,
+    LocalProgram,
+    Loop,
+    Move,
+    Run,
+    Slot,
+    reads,
+)
 from autopar.lowering.turns import PRODUCTS, at_leisure, in_turn
 from autopar.plan import Collective
 from autopar.sharding.moves import Step
@@ -51,8 +62,11 @@ class Memory:
 
 
 def walk(local: LocalProgram, times: int = 1) -> Iterator[tuple[Instruction, int]]:
-    """Every instruction and how often a step runs it; every branch of a cond counts once."""
+    """Every instruction, each move of a bundle too, and how often it runs; every branch of a cond counts once."""
     for instruction in local.instructions:
+        if isinstance(instruction, Bundle):
+            yield from ((move, times) for move in instruction.moves)
+            continue
         yield instruction, times
         if isinstance(instruction, Loop):
             yield from walk(instruction.body, times * instruction.length)
@@ -324,7 +338,7 @@ def _fuses(instruction: Instruction) -> bool:
         return True
     if isinstance(instruction, Move):
         return not any(step.nbytes for step in instruction.resharding.steps)
-    if isinstance(instruction, Loop | Branch):
+    if isinstance(instruction, Loop | Branch | Bundle):
         return False
     return fusible(instruction.equation.primitive.name) or _selects(instruction)
 

@@ -1,5 +1,6 @@
 """Runs reshardings: the collectives of a path between two specs, inside ``jax.shard_map``."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from autopar.lowering.hlo import TOGETHER
 from autopar.sharding.moves import Step
 from autopar.spec import Sizes
 
@@ -35,6 +37,43 @@ def execute(steps: Sequence[Step], x: jax.Array, sizes: Sizes, repeat: int = 0) 
     for step in steps:
         x = _EXECUTE[step.kind](x, _shifted(step, repeat), sizes)
     return x.reshape(x.shape[repeat:])
+
+
+def execute_together(steps: Sequence[Step], blocks: Sequence[jax.Array], sizes: Sizes) -> list[jax.Array]:
+    """The local values after one step each, sent as one array: all_gathers or reduce_scatters over the same axes.
+
+    Args:
+        steps: one for each value, alike but for their dimensions and bytes.
+        blocks: the local values, of one type.
+        sizes: devices per mesh axis.
+    """
+    axes, size = steps[0].axes, math.prod(sizes[axis] for axis in steps[0].axes)
+    gathers = steps[0].kind == "all_gather"
+    # A whole value is its blocks along the dimension of the step: (devices, elements of a block).
+    parts = [x.reshape(1, -1) if gathers else _in_blocks(x, _dim(s), size) for x, s in zip(blocks, steps, strict=True)]
+    shapes = [x.shape if gathers else _cut(x.shape, _dim(s), size) for x, s in zip(blocks, steps, strict=True)]
+    joined = jnp.concatenate(parts, axis=1)
+    with jax.named_scope(f"{TOGETHER}{len(steps)}"):
+        sent = lax.all_gather(joined, axes, tiled=True) if gathers else lax.psum_scatter(joined, axes, tiled=True)
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+    found = [sent[:, end - math.prod(shape) : end].reshape(-1, *shape) for end, shape in zip(ends, shapes, strict=True)]
+    return [_whole(x, _dim(step)) if gathers else x[0] for x, step in zip(found, steps, strict=True)]
+
+
+def _cut(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+    return (*shape[:dim], shape[dim] // size, *shape[dim + 1 :])
+
+
+def _in_blocks(x: jax.Array, dim: int, size: int) -> jax.Array:
+    """A value as (blocks along a dimension, elements of one)."""
+    block = _cut(x.shape, dim, size)
+    return jnp.moveaxis(x.reshape(*x.shape[:dim], size, *block[dim:]), dim, 0).reshape(size, -1)
+
+
+def _whole(blocks: jax.Array, dim: int) -> jax.Array:
+    """A value from its blocks along a dimension, which are counted along the first."""
+    shape = blocks.shape[1:]
+    return jnp.moveaxis(blocks, 0, dim).reshape(*shape[:dim], -1, *shape[dim + 1 :])
 
 
 _SUMS = ("all_reduce", "reduce_scatter")

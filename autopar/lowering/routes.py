@@ -1,6 +1,6 @@
 """The routes of a local program, for its plan to keep: what was priced is what runs, whatever the prices are then."""
 
-from autopar.lowering.local_program import LocalProgram, Move
+from autopar.lowering.instructions import LocalProgram, Move
 from autopar.lowering.predict import walk
 from autopar.plan import Route
 

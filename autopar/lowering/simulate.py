@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autopar.lowering.local_program import Branch, Instruction, LocalProgram, Loop, Move, Run, Slot, reads
+from autopar.lowering.instructions import Branch, Bundle, Instruction, LocalProgram, Loop, Move, Run, Slot, reads
 from autopar.lowering.predict import walk
 
 
@@ -76,6 +76,8 @@ def hidden_s(local: LocalProgram, seconds: Mapping[str, float], *, overlap: bool
 def _duration_s(instruction: Instruction, seconds: Mapping[str, float], overlap: bool) -> float:
     if isinstance(instruction, Move):
         return instruction.resharding.cost_s
+    if isinstance(instruction, Bundle):
+        return sum(move.resharding.cost_s for move in instruction.moves)
     if isinstance(instruction, Run):
         return seconds.get(instruction.equation.name, 0.0)
     if isinstance(instruction, Loop):
@@ -87,7 +89,7 @@ def _duration_s(instruction: Instruction, seconds: Mapping[str, float], overlap:
 
 def _sends(instruction: Instruction) -> bool:
     """Whether an instruction takes the links."""
-    return isinstance(instruction, Move) or (isinstance(instruction, Run) and bool(instruction.sent.steps))
+    return isinstance(instruction, Move | Bundle) or (isinstance(instruction, Run) and bool(instruction.sent.steps))
 
 
 Waiting = list[tuple[float, int]]

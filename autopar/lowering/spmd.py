@@ -14,9 +14,10 @@ from autopar.cluster import Mesh
 from autopar.errors import MeshError
 from autopar.ir.program import Constant
 from autopar.ir.regions import ScanParts
+from autopar.lowering.bundles import bundled
+from autopar.lowering.instructions import Barrier, Branch, Bundle, LocalProgram, Loop, Move, Run, Slot
 from autopar.lowering.local import run_local
-from autopar.lowering.local_program import Barrier, Branch, LocalProgram, Loop, Move, Run, Slot
-from autopar.lowering.reshard import execute
+from autopar.lowering.reshard import execute, execute_together
 from autopar.lowering.turns import in_turn
 from autopar.plan import Plan
 from autopar.spec import Spec
@@ -79,6 +80,10 @@ def run_instructions(local: LocalProgram, arguments: Sequence[Any]) -> list[Any]
             if instruction.after is not None:
                 block, _ = lax.optimization_barrier((block, env[instruction.after]))
             env[instruction.target] = execute(instruction.resharding.steps, block, sizes, instruction.repeat)
+        elif isinstance(instruction, Bundle):
+            steps = [move.resharding.steps[0] for move in instruction.moves]
+            blocks = execute_together(steps, [env[slot] for slot in instruction.inputs], sizes)
+            env.update(zip(instruction.outputs, blocks, strict=True))
         elif isinstance(instruction, Barrier):
             blocks = lax.optimization_barrier(tuple(env[slot] for slot in instruction.inputs))
             env.update(zip(instruction.outputs, blocks, strict=True))
@@ -152,7 +157,8 @@ def lower(local: LocalProgram, mesh: jax.sharding.Mesh, donate: Sequence[int] = 
     in_specs = [slot.spec for slot in local.inputs]
     out_specs = [Spec(()) if isinstance(slot, Constant) else slot.spec for slot in local.outputs]
 
-    ordered = in_turn(local) if mesh.devices.flat[0].platform == "tpu" else local
+    order = {"tpu": in_turn, "cpu": bundled}.get(mesh.devices.flat[0].platform)
+    ordered = order(local) if order else local
 
     def step(*arguments: Any) -> list[Any]:
         return run_instructions(ordered, arguments)

@@ -6,7 +6,7 @@ whatever that reads.
 
 from dataclasses import replace
 
-from autopar.lowering.local_program import Branch, Instruction, LocalProgram, Loop, Move, Run, Slot, reads
+from autopar.lowering.instructions import Branch, Instruction, LocalProgram, Loop, Move, Run, Slot, reads
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 _LARGE = (*PRODUCTS, "scatter-add")

@@ -18,7 +18,7 @@ import autopar
 from autopar.cluster import Mesh as AxesMesh
 from autopar.ir.stages import Stage
 from autopar.ir.trace import trace
-from autopar.lowering.local_program import LocalProgram
+from autopar.lowering.instructions import LocalProgram
 from autopar.lowering.morph import _routes, morph
 from autopar.lowering.pipeline.build import Compiled, build_pipeline
 from autopar.lowering.pipeline.compile import slot_shape

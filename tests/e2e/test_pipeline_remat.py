@@ -16,7 +16,7 @@ from autopar.ir.layers import layer_boundary
 from autopar.ir.stages import Part, Tag
 from autopar.ir.trace import trace
 from autopar.lowering.audit import Audit, audit
-from autopar.lowering.local_program import Move
+from autopar.lowering.instructions import Move
 from autopar.lowering.pipeline.build import Compiled, build_pipeline
 from autopar.lowering.pipeline.compile import slot_shape, slot_sharding
 from autopar.lowering.pipeline.cut import Layout, PipelineError

@@ -13,7 +13,7 @@ from autopar.cluster import Mesh
 from autopar.ir.layers import layer_boundary
 from autopar.ir.stages import Part, Tag
 from autopar.ir.trace import trace
-from autopar.lowering.local_program import Move
+from autopar.lowering.instructions import Move
 from autopar.lowering.pipeline.build import Compiled, build_pipeline, compile_pipeline
 from autopar.lowering.pipeline.cut import Layout, PipelineError, into_stages
 from autopar.lowering.pipeline.parts import kept_bytes

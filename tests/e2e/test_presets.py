@@ -12,7 +12,8 @@ from autopar.cost import RooflineCost, hardware
 from autopar.errors import PresetError
 from autopar.ir.arguments import adapt
 from autopar.ir.trace import Traced
-from autopar.lowering.local_program import Move, build_local_program
+from autopar.lowering.instructions import Move
+from autopar.lowering.local_program import build_local_program
 from autopar.plan import Plan
 from autopar.planner.search import Prepared, prepare
 from benchmarks.cases import make

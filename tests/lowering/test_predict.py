@@ -13,7 +13,7 @@ import autopar
 from autopar.cluster import Mesh
 from autopar.cost import CostModel, RooflineCost, hardware
 from autopar.lowering import predict
-from autopar.lowering.local_program import LocalProgram, Move, Run
+from autopar.lowering.instructions import LocalProgram, Move, Run
 from autopar.lowering.spmd import device_mesh, lower
 from autopar.lowering.turns import in_turn
 from models import gpt

@@ -9,7 +9,8 @@ from jax import lax
 
 import autopar
 from autopar.api import Options, equation_seconds
-from autopar.lowering.local_program import Loop, Move, Run, Slot, build_local_program
+from autopar.lowering.instructions import Loop, Move, Run, Slot
+from autopar.lowering.local_program import build_local_program
 from autopar.lowering.simulate import hidden_s, simulate
 
 

@@ -11,7 +11,8 @@ from autopar.errors import HardwareError, MeshError
 from autopar.ir.arguments import adapt
 from autopar.lowering import predict
 from autopar.lowering.audit import audit, compare, merged
-from autopar.lowering.local_program import Move, build_local_program
+from autopar.lowering.instructions import Move
+from autopar.lowering.local_program import build_local_program
 from autopar.lowering.spmd import lower
 from autopar.lowering.topology import tpu_mesh
 from autopar.plan import Collective as Predicted

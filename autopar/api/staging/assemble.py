@@ -14,7 +14,7 @@ from autopar.ir.fingerprint import fingerprint
 from autopar.ir.stages import Stage, Stages
 from autopar.ir.step import Step
 from autopar.ir.trace import Traced
-from autopar.lowering.local_program import LocalProgram
+from autopar.lowering.instructions import LocalProgram
 from autopar.lowering.pipeline.cut import Layout, cut_for
 from autopar.plan import PipelinePlan, PlannedStage, StagePrediction
 from autopar.planner.search import Solved

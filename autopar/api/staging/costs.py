@@ -10,7 +10,8 @@ from autopar.cost import CostModel, overlaps
 from autopar.ir.program import Value
 from autopar.ir.stages import Part as Kind
 from autopar.ir.stages import Stage
-from autopar.lowering.local_program import LocalProgram, Move, Slot, build_local_program, reads
+from autopar.lowering.instructions import LocalProgram, Move, Slot, reads
+from autopar.lowering.local_program import build_local_program
 from autopar.lowering.pipeline.parts import Piece, StageParts, cut_parts
 from autopar.lowering.predict import collectives, communication_s, flops, local_bytes, memory
 from autopar.lowering.simulate import simulate

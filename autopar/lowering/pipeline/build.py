@@ -15,7 +15,7 @@ from autopar.ir.body import ancestors
 from autopar.ir.program import Atom, Constant, Value
 from autopar.ir.stages import Part, Stage, Stages
 from autopar.ir.trace import Traced
-from autopar.lowering.local_program import LocalProgram, Slot
+from autopar.lowering.instructions import LocalProgram, Slot
 from autopar.lowering.pipeline.compile import StageRunner, compile_piece, slot_sharding, zeros_of
 from autopar.lowering.pipeline.cut import Layout, PipelineError, check_devices, cut_for
 from autopar.lowering.pipeline.order import Calls, order_calls

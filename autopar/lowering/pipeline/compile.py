@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from autopar.ir.program import Value
 from autopar.ir.stages import Tag
-from autopar.lowering.local_program import Slot
+from autopar.lowering.instructions import Slot
 from autopar.lowering.pipeline.parts import Piece, StageParts
 from autopar.lowering.processes import absent, is_here, one_at_a_time
 from autopar.lowering.spmd import partition_spec, run_instructions

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from autopar.errors import PlanError
 from autopar.ir.program import Value
 from autopar.ir.stages import Part, Stage, Tag
-from autopar.lowering.local_program import Barrier, Instruction, LocalProgram, Move, Slot, reads
+from autopar.lowering.instructions import Barrier, Instruction, LocalProgram, Move, Slot, reads
 from autopar.lowering.predict import local_bytes
 
 

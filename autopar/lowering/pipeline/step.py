@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from autopar.ir.program import Value
 from autopar.ir.stages import Part, Stages, Tag
-from autopar.lowering.local_program import Slot
+from autopar.lowering.instructions import Slot
 from autopar.lowering.pipeline.compile import StageRunner, slot_sharding
 from autopar.lowering.pipeline.send import send
 from autopar.lowering.processes import absent, is_here, on, one_at_a_time
