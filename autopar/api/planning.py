@@ -17,6 +17,7 @@ from autopar.errors import InfeasibleError, MicrobatchError
 from autopar.ir.arguments import Adapted
 from autopar.ir.trace import Traced, trace
 from autopar.lowering import predict
+from autopar.lowering.bundles import spared_s
 from autopar.lowering.instructions import LocalProgram
 from autopar.lowering.local_program import build_local_program
 from autopar.lowering.routes import routes
@@ -147,7 +148,7 @@ def _plan_split(traced: Traced, *, trace_s: float, options: Options) -> Plan:
         except InfeasibleError as error:
             refused = error if refused is None or error.least_bytes < refused.least_bytes else refused
             continue
-        if best is None or found.prediction.serial_s < best.prediction.serial_s:
+        if best is None or found.prediction.bundled_s < best.prediction.bundled_s:
             best = found
     if best is None:
         assert refused is not None
@@ -229,14 +230,16 @@ def prediction(
         state: (input, output) pairs that share a buffer.
     """
     compute_s, communication_s = sum(seconds.values()) - predict.inside_s(local), predict.communication_s(local)
-    memory = predict.memory(local, cost, state)
+    memory, beside = predict.memory(local, cost, state), overlaps(cost)
+    spared = 0.0 if beside else spared_s(local, cost)
     return Prediction(
-        step_s=compute_s + communication_s - hidden_s(local, seconds, overlap=overlaps(cost)),
+        step_s=compute_s + communication_s - (hidden_s(local, seconds, overlap=True) if beside else spared),
         compute_s=compute_s,
         communication_s=communication_s,
         peak_bytes=memory.peak_bytes,
         on_chip_bytes=memory.on_chip_bytes,
         state_bytes=sum(predict.local_bytes(slot, local) for slot in local.inputs),
         flops=predict.flops(local),
+        spared_s=spared,
         collectives=predict.collectives(local),
     )

@@ -75,7 +75,7 @@ def plan_over_time(
                 raise
             log.warning("microbatches are not tried: %s", error.what)
             break
-        if best is None or found.prediction.serial_s < best.prediction.serial_s:
+        if best is None or found.prediction.bundled_s < best.prediction.bundled_s:
             best, worse = found, 0
         else:
             worse += 1

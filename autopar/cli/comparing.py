@@ -142,12 +142,12 @@ def _better(old: Entry | None, new: Entry) -> Entry:
     """The entry with the cheaper plan; one with a plan before one without."""
     if old is None or old.plan is None or new.plan is None:
         return new if old is None or old.plan is None else old
-    return new if _serial_s(new) < _serial_s(old) else old
+    return new if _bundled_s(new) < _bundled_s(old) else old
 
 
-def _serial_s(entry: Entry) -> float:
+def _bundled_s(entry: Entry) -> float:
     assert isinstance(entry.plan, Plan)
-    return entry.plan.prediction.serial_s
+    return entry.plan.prediction.bundled_s
 
 
 def _cheaper(one: Entry, other: Entry) -> bool:

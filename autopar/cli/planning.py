@@ -187,7 +187,7 @@ def plan_job(job: Job, preset: str = "") -> Plan:
             except KeyboardInterrupt:
                 pass  # there is no incumbent yet; a mesh before this one may have given a plan
             else:
-                best = found if best is None else min(best, found, key=lambda plan: plan.prediction.serial_s)
+                best = found if best is None else min(best, found, key=lambda plan: plan.prediction.bundled_s)
             if interrupts:
                 break
     if best is None:

@@ -5,6 +5,7 @@ costs what the last one is late, and is worth putting off until nothing else can
 al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", VLDB 2020, section 3.2.3), both ways.
 """
 
+import functools
 import heapq
 from collections.abc import Collection
 from dataclasses import replace
@@ -14,16 +15,17 @@ from itertools import pairwise
 import jax.numpy as jnp
 
 from autopar.lowering.instructions import Branch, Bundle, Instruction, LocalProgram, Loop, Move, Run, Slot, reads
+from autopar.lowering.predict import walk
 from autopar.lowering.turns import at_leisure
-from autopar.sharding.reshard import Resharding
+from autopar.sharding.reshard import CommunicationCost, Resharding
 
-KINDS = ("all_gather", "reduce_scatter")
-"""What is bundled. XLA combines all_reduces by itself (AllReduceCombiner), on CPU these two not."""
+KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+"""What is bundled. XLA combines all_reduces by itself (AllReduceCombiner), the other two not on CPU."""
 
 MOST_BYTES = 2**23
 """What is sent as one at most, so that no more than this waits or is there too early."""
 
-_Key = tuple[str, tuple[str, ...], str]
+_Key = tuple[str, tuple[str, ...], str, str]
 _Held = list[tuple[int, Move]]
 """A heap of moves with their places in the program."""
 
@@ -60,6 +62,17 @@ def bundled(local: LocalProgram, most_bytes: float = MOST_BYTES) -> LocalProgram
     return replace(local, instructions=tuple(ordered))
 
 
+def spared_s(local: LocalProgram, cost: CommunicationCost) -> float:
+    """Seconds that bundles spare in a step: those of their moves one by one, less those of one as large as all."""
+    return sum(times * _spared_s(i, cost) for i, times in walk(bundled(local)) if isinstance(i, Bundle))
+
+
+def _spared_s(bundle: Bundle, cost: CommunicationCost) -> float:
+    steps = [step for move in bundle.moves for step in move.resharding.steps]
+    price_s = functools.partial(cost.collective_s, steps[0].kind, axes=steps[0].axes)
+    return sum(price_s(step.nbytes) for step in steps) - price_s(sum(step.nbytes for step in steps))
+
+
 def _parts(instruction: Instruction, most_bytes: float) -> list[Instruction]:
     """The instruction with its bodies bundled; a move of several steps as moves of one."""
     if isinstance(instruction, Loop):
@@ -89,7 +102,7 @@ def _key(move: Move) -> _Key | None:
     steps, dtype = move.resharding.steps, move.source.value.dtype
     if len(steps) != 1 or steps[0].kind not in KINDS or move.repeat or not jnp.issubdtype(dtype, jnp.floating):
         return None
-    return steps[0].kind, steps[0].axes, str(dtype)
+    return steps[0].kind, steps[0].axes, steps[0].monoid, str(dtype)
 
 
 def _next(held: dict[_Key, _Held], leisure: Collection[Instruction], most_bytes: float) -> _Held:

@@ -64,11 +64,10 @@ class Memory:
 def walk(local: LocalProgram, times: int = 1) -> Iterator[tuple[Instruction, int]]:
     """Every instruction, each move of a bundle too, and how often it runs; every branch of a cond counts once."""
     for instruction in local.instructions:
+        yield instruction, times
         if isinstance(instruction, Bundle):
             yield from ((move, times) for move in instruction.moves)
-            continue
-        yield instruction, times
-        if isinstance(instruction, Loop):
+        elif isinstance(instruction, Loop):
             yield from walk(instruction.body, times * instruction.length)
         elif isinstance(instruction, Branch):
             for body in instruction.bodies:

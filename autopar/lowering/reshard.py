@@ -42,11 +42,15 @@ def execute(steps: Sequence[Step], x: jax.Array, sizes: Sizes, repeat: int = 0) 
 def execute_together(steps: Sequence[Step], blocks: Sequence[jax.Array], sizes: Sizes) -> list[jax.Array]:
     """The local values after one step each, sent as one array: all_gathers or reduce_scatters over the same axes.
 
+    All_reduces over the same axes are put side by side: XLA makes one of them (AllReduceCombiner).
+
     Args:
         steps: one for each value, alike but for their dimensions and bytes.
         blocks: the local values, of one type.
         sizes: devices per mesh axis.
     """
+    if steps[0].kind == "all_reduce":
+        return [_all_reduce(x, step, sizes) for x, step in zip(blocks, steps, strict=True)]
     axes, size = steps[0].axes, math.prod(sizes[axis] for axis in steps[0].axes)
     gathers = steps[0].kind == "all_gather"
     # A whole value is its blocks along the dimension of the step: (devices, elements of a block).

@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 import autopar
 from autopar.cluster import Mesh
+from autopar.cost import RooflineCost, hardware
 from autopar.lowering import hlo
 from autopar.lowering.audit import audit, compare
-from autopar.lowering.bundles import bundled
+from autopar.lowering.bundles import bundled, spared_s
 from autopar.lowering.instructions import Bundle, Instruction, LocalProgram, Move, Run, Slot, reads
 from autopar.lowering.predict import collectives
 from autopar.lowering.reshard import execute, execute_together
@@ -167,3 +168,29 @@ def test_values_sent_together_arrive_as_they_do_alone(kind: str, values: Any, ax
     apart, together = jax.jit(mapped)(*(jnp.asarray(x, dtype) for x in blocks))
     for one, other in zip(apart, together, strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+def test_a_bundle_spares_what_its_collectives_cost_beyond_one_of_all_their_bytes():
+    cost = RooflineCost(hardware("cpu"), Mesh.parse("data=4"))
+    each, kinds = WIDTH * WIDTH * 4.0, ("reduce_scatter", "all_gather")
+    fixed_s = sum(cost.collective_s(kind, each, ("data",)) - each * rate(cost, kind) for kind in kinds)
+    assert spared_s(planned("layers", "zero2", "data=4").local, cost) == pytest.approx((LAYERS - 1) * fixed_s)
+
+
+def rate(cost: RooflineCost, kind: str) -> float:
+    """Seconds per byte."""
+    return (cost.collective_s(kind, 2e9, ("data",)) - cost.collective_s(kind, 1e9, ("data",))) / 1e9
+
+
+def test_only_where_devices_do_not_compute_while_they_send_does_the_prediction_count_on_bundles():
+    cpu, tpu = (
+        autopar.plan(step, *PROGRAMS["layers"][1], mesh="data=4", preset="zero2", hardware=name).prediction
+        for name in ("cpu", "v5e")
+    )
+    assert 0 < cpu.spared_s < cpu.communication_s and cpu.step_s == pytest.approx(cpu.serial_s - cpu.spared_s)
+    assert tpu.spared_s == 0 and tpu.bundled_s == tpu.serial_s
+
+
+def test_a_plan_of_one_large_bundle_is_chosen_before_one_of_many_meetings():
+    state, batch = gpt.make(abstract=True)[1:]
+    assert str(autopar.plan(gpt.train_step, state, batch, hardware="cpu", devices=8).mesh) == "data=8,tensor=1"
