@@ -192,7 +192,7 @@ def assert_rolled(chain: Chain) -> None:
     assert sum(eqn.primitive.name == "dot_general" for eqn in rolled.program.equations) <= 4 + 3 * chain.first
     leaves = jax.tree.leaves(arguments)
     got, want = runs(rolled, leaves), jax.tree.leaves(QUICKLY(step)(*arguments))
-    assert_close(got, want, rtol=2e-6)
+    assert_close(got, want, rtol=1e-5)  # sums in another order, six layers deep
     for a, b in zip(got, want, strict=True):
         assert a.dtype != jnp.uint32 or (a == b).all()
 
