@@ -82,6 +82,7 @@ def test_stages_that_run_their_forward_part_again_are_named_and_run_from_the_fil
     result = autopar("plan", *MLP, *TWO, "--remat", "0", "-o", lean)
     assert result.exit_code == 0 and "forward again before backward in stages 0" in result.stdout, result.output
     plan = load_plan(lean)
+    assert isinstance(plan, PipelinePlan) and isinstance(before, PipelinePlan)
     assert [stage.rematerialised for stage in plan.stages] == [True, False]
     assert plan.stages[0].prediction.kept_bytes < before.stages[0].prediction.kept_bytes
     assert json_of("run", *MLP, "--plan", lean, "--steps", "2", "--check")["max_rel_error"] < 1e-5
