@@ -67,10 +67,10 @@ def compare(request: Searching) -> None:
     """Shows the comparison; ends with exit code 1 if a preset beats the unrestricted plan."""
     searched = request.stages == api.AUTO
     job = prepare_job(replace(request, stages=None, schedule=None, chunks=None, remat=None))
-    flat, piped = _entries(job), _pipeline_entries(job, request, searched)
+    (flat, beaten_by), piped = _entries(job), _pipeline_entries(job, request, searched)
     if flat[0].plan is None:
         raise InfeasibleError(flat[0].refused, fix="raise --memory-gb, or use more devices")
-    beaten_by = [e.name for free, *rest in ((flat, piped) if searched else (flat,)) for e in rest if _cheaper(e, free)]
+    beaten_by += [entry.name for entry in piped if searched and _cheaper(entry, piped[0])]
     entries = [*flat, *piped]
     if request.json:
         show_json({"plans": {e.name: _as_json(e) for e in entries}, "beaten_by": beaten_by})
@@ -86,18 +86,22 @@ def preset_names() -> list[str]:
     return [name for name, preset in PRESETS.items() if preset.__name__ == name]
 
 
-def _entries(job: Job) -> list[Entry]:
+def _entries(job: Job) -> tuple[list[Entry], list[str]]:
+    """The best plan of every preset over the meshes, and the presets that beat the unrestricted plan on one of them."""
     found: dict[str, Entry] = {}
+    beaten_by: dict[str, None] = {}
     names = ["", *preset_names()]
     with progress("comparing") as update:
         for options, cost in job.per_mesh():
             update(f"building the problem on mesh {options.mesh}")
             prepared = prepare(split_step(job.traced, options.splitting()), cost, strict=options.strict)
+            here: dict[str, Entry] = {}
             for name in names:
                 update(f"{name or 'the unrestricted plan'} on mesh {options.mesh}")
-                entry = _entry(prepared, cost, replace(options, preset=name))
-                found[name] = _better(found.get(name), entry)
-    return [found[name] for name in names]
+                here[name] = _entry(prepared, cost, replace(options, preset=name))
+                found[name] = _better(found.get(name), here[name])
+            beaten_by |= {entry.name: None for entry in here.values() if _cheaper(entry, here[""])}
+    return [found[name] for name in names], list(beaten_by)
 
 
 def _entry(prepared: Prepared, cost: CostModel, options: api.Options) -> Entry:
