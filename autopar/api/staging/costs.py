@@ -172,6 +172,11 @@ class Prices:
         varying = part.stages.varying
         return Prices(part, local, cut_parts(local, part.stage, varying), cost, once_s)
 
+    def scattering(self) -> "Prices":
+        """The same stage, whose gradients are scattered in every microbatch."""
+        part = self.part.scattering()
+        return replace(self, part=part, parts=cut_parts(self.local, part.stage, part.stages.varying))
+
     def prediction(self, microbatches: int, peak_bytes: float) -> Prediction:
         """What a step of so many microbatches costs one device of the stage, bubbles aside.
 

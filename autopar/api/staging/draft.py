@@ -86,11 +86,9 @@ class StagePlanner:
         prepared = frugal(self._prepared, self.part.stage, price_s_per_byte)
         plan = plan_prepared(prepared, self.cost, replace(self.options, memory_gb=memory_bytes / 1e9))
         _, formulation, choice = plan.runtime
-        drafts = []
-        for part in (self.part, self.part.scattering()) if price_s_per_byte else (self.part,):
-            prices = Prices.of(prepared, (plan, formulation, choice), part)
-            drafts.append(Draft(plan, prices, prices.stage_cost(), price_s_per_byte))
-        return min(drafts, key=self._worth_s)
+        prices = Prices.of(prepared, (plan, formulation, choice), self.part)
+        ways = (prices, prices.scattering()) if price_s_per_byte else (prices,)
+        return min((Draft(plan, way, way.stage_cost(), price_s_per_byte) for way in ways), key=self._worth_s)
 
     def _worth_s(self, draft: Draft) -> float:
         """Seconds of a step, and the price of the memory that it needs."""
