@@ -14,17 +14,19 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
+from jax.sharding import NamedSharding, PartitionSpec
 
 import autopar
-from autopar.cluster import Cluster, Mesh
+from autopar.cluster import Cluster, Link, Mesh
 from autopar.cost import RooflineCost
 from autopar.cost.calibrate import Sizes, calibrate
+from autopar.lowering.pipeline.send import send
 from models import gpt
 
 ONE_THREAD = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "NPROC": "1"}
@@ -73,6 +75,21 @@ def planned(row: Row, step: Any, arguments: tuple[Any, ...], cluster: Cluster) -
     return run, run.plan(*arguments).step_s
 
 
+def link_between_processes() -> Link:
+    """What it takes to send arrays to the other process and back, as the runtime does it."""
+    here, there = (NamedSharding(jax.make_mesh((1,), ("d",), devices=[d]), PartitionSpec()) for d in jax.devices())
+    sizes, found = (2**12, 2**17, 2**20), []
+    for nbytes in sizes:
+        array, times = send(np.zeros(nbytes // 4, np.float32), here), []
+        for _ in range(9):
+            start = time.perf_counter()
+            array = jax.block_until_ready(send(send(array, there), here))
+            times.append(time.perf_counter() - start)
+        found.append(statistics.median(times[1:]) / 2)
+    per_byte_s, alpha_s = np.polyfit(sizes, found, 1)
+    return Link(1 / float(per_byte_s), max(float(alpha_s), 0.0))
+
+
 def timed(run: Any, state: Any, batch: Any) -> tuple[Any, float]:
     """The new state, and the seconds until all processes have it."""
     sync_global_devices("start")
@@ -88,6 +105,8 @@ def measure(wanted: argparse.Namespace) -> None:
     jax.distributed.initialize(wanted.address, 2, wanted.process)
     sizes = Sizes((256, 512), ("float32",), (2**14, 2**18, 2**21))
     cluster, _ = calibrate(jax.local_devices(), sizes)
+    link = link_between_processes()
+    cluster = replace(cluster, link=link, network=link)
     step, state, batch = gpt.make(layers=wanted.layers, width=wanted.width, batch=16, seq=128, vocab=512)
     plans = {row: planned(row, step, (state, batch), cluster) for row in rows(wanted.layers)}
     placed = {row: timed(run, state, batch)[0] for row, (run, _) in plans.items()}
