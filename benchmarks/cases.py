@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from autopar.api import ParallelStep, parallelize
-from autopar.cluster import Mesh
+from autopar.cluster import Cluster, Mesh
 from autopar.cost import RooflineCost, hardware
 from autopar.ir.arguments import adapt
 from autopar.lowering.audit import Audit, Difference, audit, compare
@@ -75,12 +75,16 @@ def cases() -> Iterator[Case]:
                     yield Case(model, mesh, preset)
 
 
-def slow_device(mesh: str) -> RooflineCost:
-    """A device so slow that sharding a tiny step pays: its plans look like those of large steps."""
+def slow_cluster() -> Cluster:
+    """Devices so slow that sharding a tiny step pays: their plans look like those of large steps."""
     cluster = hardware("v5e")
     device = replace(cluster.device, peak_flops=(("float32", 1e9),), memory_Bps=1e8)
-    link = replace(cluster.link, alpha_s=1e-7)
-    return RooflineCost(replace(cluster, device=device, link=link), Mesh.parse(mesh))
+    return replace(cluster, device=device, link=replace(cluster.link, alpha_s=1e-7))
+
+
+def slow_device(mesh: str) -> RooflineCost:
+    """Prices on a mesh of slow devices."""
+    return RooflineCost(slow_cluster(), Mesh.parse(mesh))
 
 
 def make(model: str, **settings: Any) -> Any:

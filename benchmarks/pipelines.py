@@ -12,7 +12,7 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,11 @@ from autopar.api import Options, plan_prepared
 from autopar.api.staging.prepare import prepare_stage
 from autopar.cluster import Mesh
 from autopar.ir.stages import Stage
-from autopar.ir.trace import trace
+from autopar.ir.trace import Traced, trace
 from autopar.lowering.instructions import LocalProgram
 from autopar.lowering.local_program import build_local_program
-from autopar.lowering.pipeline.build import Compiled, build_pipeline
-from autopar.lowering.pipeline.cut import Layout
+from autopar.lowering.pipeline.build import Compiled, compile_pipeline, submeshes
+from autopar.lowering.pipeline.cut import Layout, cut_for
 from autopar.solver.schedule import SCHEDULES, Schedule, make_schedule
 from autopar.solver.schedule.data import ScheduleError
 from benchmarks.cases import O0, make, slow_device
@@ -81,11 +81,25 @@ def plan_stage(stage: Stage, mesh: Mesh, microbatches: int) -> LocalProgram:
     return build_local_program(stage.program, plan_prepared(prepared, cost, Options(cost=cost)), cost)
 
 
+def compiled_layout(
+    traced: Traced,
+    layout: Layout,
+    plan: Callable[[Stage, Mesh, int], LocalProgram] = plan_stage,
+    devices: Sequence[Any] | None = None,
+) -> Compiled:
+    """A traced step as a pipeline whose stages are planned one by one, compiled without optimisations."""
+    schedule, stages = layout.schedule, cut_for(traced, layout)
+    places = [layout.meshes[device] for device in schedule.placements[0]]
+    programs = [plan(s, mesh, schedule.n_microbatches) for s, mesh in zip(stages.stages, places, strict=True)]
+    meshes = submeshes(layout.meshes, devices)
+    return compile_pipeline(traced, stages, programs, meshes, schedule, {"compiler_options": O0})
+
+
 def build(step: Any, arguments: tuple[Any, ...], schedule: Schedule, *meshes: str) -> Compiled:
     """The pipeline on as many submeshes as the schedule wants; one mesh stands for all."""
     each = [Mesh.parse(mesh) for mesh in meshes]
     layout = Layout(schedule, tuple(each * schedule.n_devices if len(each) == 1 else each))
-    return build_pipeline(trace(step, *arguments), layout, plan_stage, settings={"compiler_options": O0})
+    return compiled_layout(trace(step, *arguments), layout)
 
 
 @functools.cache

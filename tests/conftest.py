@@ -47,6 +47,17 @@ def _golden_difference(path: Path, expected: str, actual: str) -> str:
     return "\n".join([*diff, "", "If the new text is right: pytest --update-golden, and commit the file."])
 
 
+@pytest.fixture(scope="session")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The profile of devices so slow that splitting a tiny stage pays."""
+    from autopar.cost import write_profile  # here for the same reason as below
+    from benchmarks.cases import slow_cluster
+
+    path = tmp_path_factory.mktemp("hardware") / "slow.json"
+    write_profile(path, slow_cluster(), {})
+    return str(path)
+
+
 @pytest.fixture
 def jax_mesh() -> Callable[..., Any]:
     """``jax_mesh(data=2, tensor=4)``: a ``jax.sharding.Mesh`` over as many of the eight CPU devices."""

@@ -69,22 +69,28 @@ PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file, as 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Searching:
-    """What to plan, for what, and under which restrictions."""
+class Shaping:
+    """A step, and what a plan of it is asked to look like."""
 
     target: TargetText
     set: Sets = None
     mesh: Meshes = None
-    devices: Annotated[int | None, typer.Option(min=1, help="Devices to plan for.")] = None
-    hardware: Annotated[str | None, typer.Option(help="Profile name or file; detected by default.")] = None
-    memory_gb: Annotated[float | None, typer.Option(min=0, help="Memory of a device in 1e9 bytes.")] = None
-    pin: Annotated[list[str] | None, typer.Option(metavar="PATTERN=SPEC", help="As 'params/.*kernel=,tensor'.")] = None
-    seconds: Annotated[float, typer.Option(min=0, help="Time for the solver, per mesh.")] = 60.0
     microbatches: Microbatches = None
     stages: Stages = None
     schedule: Schedules = None
     chunks: Chunks = None
     remat: Remat = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searching(Shaping):
+    """What to plan, for what, and under which restrictions."""
+
+    devices: Annotated[int | None, typer.Option(min=1, help="Devices to plan for.")] = None
+    hardware: Annotated[str | None, typer.Option(help="Profile name or file; detected by default.")] = None
+    memory_gb: Annotated[float | None, typer.Option(min=0, help="Memory of a device in 1e9 bytes.")] = None
+    pin: Annotated[list[str] | None, typer.Option(metavar="PATTERN=SPEC", help="As 'params/.*kernel=,tensor'.")] = None
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the solver, per mesh.")] = 60.0
     rounds: Annotated[int, typer.Option(min=1, help="On a mesh with an axis pipe: rounds of a microbatch.")] = 1
     chunk: Annotated[
         list[str] | None,
@@ -115,18 +121,10 @@ class PlanningAndRunning(Planning):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Running:
+class Running(Shaping):
     """Training under a plan, made now where none is given."""
 
-    target: TargetText
-    set: Sets = None
     plan: Annotated[Path | None, typer.Option(help="A plan file; without it, one is made first.")] = None
-    mesh: Meshes = None
-    microbatches: Microbatches = None
-    stages: Stages = None
-    schedule: Schedules = None
-    chunks: Chunks = None
-    remat: Remat = None
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 10
     check: Annotated[bool, typer.Option(help="Compare the losses with one device.")] = False
     json: Json = False

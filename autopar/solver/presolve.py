@@ -49,13 +49,6 @@ def reduce_all(draft: Draft) -> None:
             reduction(draft, [node for node in sorted(draft.changed.union(todo)) if draft.alive[node]])
 
 
-def reduce_once(reduction: Reduction, problem: Problem, tables: Tables) -> tuple[Problem, Lift]:
-    """One reduction alone, once over all nodes."""
-    draft = Draft.of(problem, tables)
-    reduction(draft, list(range(len(problem.nodes))))
-    return draft.finish()
-
-
 def forbid_dead(draft: Draft, nodes: list[int]) -> None:
     """Arc consistency: drop strategies that are forbidden, alone or with every strategy of one neighbour."""
     tables = draft.tables

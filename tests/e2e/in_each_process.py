@@ -20,14 +20,14 @@ from autopar.ir.stages import Stage
 from autopar.ir.trace import trace
 from autopar.lowering.instructions import LocalProgram
 from autopar.lowering.morph import _routes, morph
-from autopar.lowering.pipeline.build import Compiled, build_pipeline
+from autopar.lowering.pipeline.build import Compiled
 from autopar.lowering.pipeline.compile import slot_shape
 from autopar.lowering.pipeline.cut import Layout, PipelineError
 from autopar.lowering.pipeline.send import send
 from autopar.lowering.pipeline.trace import measure
 from autopar.lowering.processes import agreed, everywhere, exchange, is_the_same
 from autopar.solver.schedule import make_schedule
-from benchmarks.pipelines import plan_stage
+from benchmarks.pipelines import compiled_layout, plan_stage
 from tests.e2e.several_processes import connect
 
 O0 = {"xla_backend_optimization_level": 0}
@@ -116,7 +116,7 @@ def pipeline(schedule: str, devices: Sequence[int], *meshes: str) -> Compiled:
     """Stages on submeshes cut from these devices."""
     layout = Layout(make_schedule(schedule, len(meshes), 4), tuple(map(AxesMesh.parse, meshes)))
     order = [jax.devices()[i] for i in devices]
-    return build_pipeline(trace(small_step, *made()), layout, plan_stage, order, {"compiler_options": O0})
+    return compiled_layout(trace(small_step, *made()), layout, devices=order)
 
 
 def trains_as_one_device(run: Compiled) -> None:
@@ -186,7 +186,7 @@ def different_stages_are_refused() -> None:
     layout = Layout(make_schedule("gpipe", 2, 4), (AxesMesh.parse("data=1"),) * 2)
     devices = [jax.devices()[0], jax.devices()[4]]
     with pytest.raises(PipelineError, match="the processes have planned different stages"):
-        build_pipeline(trace(small_step, *made()), layout, plan, devices, {"compiler_options": O0})
+        compiled_layout(trace(small_step, *made()), layout, plan, devices)
 
 
 def main(argv: Sequence[str]) -> None:

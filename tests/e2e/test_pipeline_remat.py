@@ -17,7 +17,7 @@ from autopar.ir.stages import Part, Tag
 from autopar.ir.trace import trace
 from autopar.lowering.audit import Audit, audit
 from autopar.lowering.instructions import Move
-from autopar.lowering.pipeline.build import Compiled, build_pipeline
+from autopar.lowering.pipeline.build import Compiled
 from autopar.lowering.pipeline.compile import slot_shape, slot_sharding
 from autopar.lowering.pipeline.cut import Layout, PipelineError
 from autopar.lowering.pipeline.parts import kept_bytes
@@ -25,10 +25,10 @@ from autopar.plan import PipelinePlan, load_plan
 from autopar.solver.schedule import make_schedule
 from autopar.solver.schedule.validate import most_held
 from benchmarks.cases import O0
-from benchmarks.pipelines import plan_stage
-from models import gpt
+from benchmarks.pipelines import compiled_layout
 from tests.closeness import assert_close
 from tests.e2e import test_pipeline_schedules as chain
+from tests.e2e.beside import made, on_one_device, trained
 
 SMALL: dict[str, Any] = {
     "layers": 1, "width": 32, "heads": 4, "vocab": 64, "seq": 32, "batch": 8, "optimizer": "sgd", "dropout": 0.1
@@ -36,37 +36,18 @@ SMALL: dict[str, Any] = {
 STEPS, M = 3, 4
 
 
-@functools.cache
-def made() -> tuple[Any, Any, Any]:
-    return gpt.make(**SMALL)
-
-
-@functools.cache
-def on_one_device() -> tuple[list[float], Any]:
-    """The loss of each step, and the parameters after the last."""
-    step, state, batch = made()
-    run, losses = jax.jit(step, compiler_options=O0), []
-    for _ in range(STEPS):
-        state, metrics = run(state, batch)
-        losses.append(float(metrics["loss"]))
-    return losses, state.params
-
-
 def trains_as_one_device_does(train: Any) -> None:
     """Dropout is on: other masks the second time would give other gradients."""
-    _, state, batch = made()
-    losses = []
-    for _ in range(STEPS):
-        state, metrics = train(state, batch)
-        losses.append(float(metrics["loss"]))
-    expected, params = on_one_device()
+    _, state, batch = made("gpt", **SMALL)
+    losses, params = trained(train, state, batch, STEPS)
+    expected, expected_params = on_one_device(STEPS, "gpt", **SMALL)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    assert_close(state.params, params)
+    assert_close(params, expected_params)
 
 
 @functools.cache
 def staged(remat: bool) -> tuple[PipelinePlan, Compiled]:
-    step, state, batch = made()
+    step, state, batch = made("gpt", **SMALL)
     how: dict[str, Any] = {"submeshes": 2, "microbatches": M, "mesh": "data=2", "hardware": "cpu"}
     train = autopar.pipeline(step, **how, remat=remat, compiler_options=O0)
     return train.plan(state, batch), train.compiled(state, batch)
@@ -86,7 +67,7 @@ def test_stages_that_compute_again_keep_what_they_were_sent() -> None:
 def test_computing_again_goes_with_split_backward_parts_replicas_and_evictions(name: str, p: int) -> None:
     schedule = make_schedule(name, p, M)
     layout = Layout(schedule, (Mesh.parse("data=1"),) * p, remat=frozenset(range(schedule.n_stages)))
-    run = build_pipeline(trace(chain.step, *chain.arguments()), layout, plan_stage, settings={"compiler_options": O0})
+    run = compiled_layout(trace(chain.step, *chain.arguments()), layout)
     params, batch = chain.arguments()
     for _ in range(2):
         params, metrics = run(params, batch)
@@ -123,7 +104,7 @@ SEARCH: dict[str, Any] = {"devices": 4, "hardware": "cpu", "microbatches": (M,),
 
 
 def best(memory_gb: float | None, **options: Any) -> PipelinePlan:
-    step, state, batch = made()
+    step, state, batch = made("gpt", **SMALL)
     return autopar.plan_stages(step, state, batch, memory_gb=memory_gb, **SEARCH, **options)
 
 
@@ -138,9 +119,9 @@ def test_where_memory_is_short_the_search_finds_stages_that_compute_again_and_th
     plan.save(tmp_path / "plan.json")
     again = load_plan(tmp_path / "plan.json")
     assert again == plan
-    train: Any = autopar.compile(made()[0], again, compiler_options=O0)
+    train: Any = autopar.compile(made("gpt", **SMALL)[0], again, compiler_options=O0)
     trains_as_one_device_does(train)
-    compiled = train.compiled(*made()[1:])
+    compiled = train.compiled(*made("gpt", **SMALL)[1:])
     assert compiled.peaks == [2, 1] == [stage.prediction.in_flight for stage in plan.stages]
     for stage, runner in zip(plan.stages, compiled.runners, strict=True):
         assert stage.prediction.kept_bytes == kept_bytes(runner.parts, compiled.cut.varying)
@@ -169,6 +150,6 @@ def test_what_was_sent_in_parts_is_gathered_again_and_not_kept_whole() -> None:
 
 
 def test_a_stage_that_is_not_there_is_refused() -> None:
-    step, state, batch = made()
+    step, state, batch = made("gpt", **SMALL)
     with pytest.raises(PipelineError, match=r"(?s)remat names stage 2, there are stages 0 to 1.*schedule 1f1b"):
         autopar.pipeline(step, remat=(0, 2)).plan(state, batch)

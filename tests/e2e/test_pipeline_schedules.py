@@ -14,7 +14,7 @@ from autopar.ir.layers import layer_boundary
 from autopar.ir.stages import Part, Tag
 from autopar.ir.trace import trace
 from autopar.lowering.instructions import Move
-from autopar.lowering.pipeline.build import Compiled, build_pipeline, compile_pipeline
+from autopar.lowering.pipeline.build import Compiled, compile_pipeline
 from autopar.lowering.pipeline.cut import Layout, PipelineError, into_stages
 from autopar.lowering.pipeline.parts import kept_bytes
 from autopar.lowering.pipeline.step import Call
@@ -22,7 +22,7 @@ from autopar.lowering.pipeline.trace import chrome_trace, measure, spans_of
 from autopar.solver.schedule import SCHEDULES, TaskCosts, make_schedule, simulate
 from autopar.solver.schedule.validate import most_held
 from benchmarks.cases import O0
-from benchmarks.pipelines import build, plan_stage
+from benchmarks.pipelines import build, compiled_layout
 
 WIDTH, LAYERS = 8, 8
 
@@ -171,7 +171,7 @@ def test_layers_are_put_on_stages_as_the_layout_says_and_results_of_every_exampl
         return jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients), reported
 
     layout = Layout(make_schedule("1f1b", 2, 4), (Mesh.parse("data=1"),) * 2, (0, 0, 0, 0, 0, 0, 1, 1))
-    run = build_pipeline(trace(marked, *arguments()), layout, plan_stage, settings={"compiler_options": O0})
+    run = compiled_layout(trace(marked, *arguments()), layout)
     params, reported = run(*arguments())
     expected = jax.jit(marked, compiler_options=O0)(*arguments())
     for a, b in zip(jax.tree.leaves((params, reported)), jax.tree.leaves(expected), strict=True):

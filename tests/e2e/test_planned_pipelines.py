@@ -5,17 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
 
 import autopar
-from autopar.cost import hardware, write_profile
 from autopar.errors import InfeasibleError, PinError, PlanError
 from autopar.plan import Collective, PipelinePlan, load_plan
 from autopar.planner import search as planner_search
 from benchmarks.cases import O0
 from models import gpt
+from tests.e2e.beside import assert_trains_as_one_device_does, made
 
 TINY: dict[str, Any] = {
     "layers": 1, "width": 32, "heads": 4, "vocab": 64, "seq": 16, "batch": 8, "optimizer": "sgd"
@@ -23,52 +21,10 @@ TINY: dict[str, Any] = {
 STEPS = 3
 
 
-@functools.cache
-def made() -> tuple[Any, Any, Any]:
-    return gpt.make(**TINY)
-
-
-@functools.cache
-def on_one_device() -> tuple[list[float], Any]:
-    """The loss of each step, and the parameters after the last."""
-    step, state, batch = made()
-    run, losses = jax.jit(step, compiler_options=O0), []
-    for _ in range(STEPS):
-        state, metrics = run(state, batch)
-        losses.append(float(metrics["loss"]))
-    return losses, state.params
-
-
-def trains_as_one_device_does(train: Any) -> None:
-    _, state, batch = made()
-    start, losses = state.params, []
-    for _ in range(STEPS):
-        state, metrics = train(state, batch)
-        losses.append(float(metrics["loss"]))
-    expected, params = on_one_device()
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    assert distance(state.params, params) <= 1e-4 * distance(params, start)
-
-
-def distance(a: Any, b: Any) -> float:
-    pairs = zip(*map(jax.tree.leaves, (a, b)), strict=True)
-    return float(np.sqrt(sum(np.sum((np.asarray(x) - np.asarray(y)) ** 2) for x, y in pairs)))
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Devices so slow that splitting a tiny stage pays."""
-    cluster = hardware("v5e")
-    device = replace(cluster.device, peak_flops=(("float32", 1e9),), memory_Bps=1e8)
-    path = tmp_path_factory.mktemp("hardware") / "slow.json"
-    write_profile(path, replace(cluster, device=device, link=replace(cluster.link, alpha_s=1e-7)), {})
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def searched(slow: str) -> PipelinePlan:
     """Three devices: two stages of one and two."""
-    step, state, batch = made()
+    step, state, batch = made("gpt", **TINY)
     settings = {"microbatches": (4,), "layers": 4, "stage_devices": (1, 2)}
     return autopar.plan_stages(step, state, batch, devices=3, hardware=slow, **settings)
 
@@ -82,9 +38,9 @@ def test_a_searched_pipeline_on_unequal_submeshes_trains_as_one_device_does_with
     again = load_plan(path)
     assert again == searched
     monkeypatch.setattr(planner_search, "solve", None)  # nothing is solved from here on
-    step, state, batch = made()
+    step, state, batch = made("gpt", **TINY)
     train = autopar.compile(step, again, compiler_options=O0)
-    trains_as_one_device_does(train)
+    assert_trains_as_one_device_does(train, STEPS, "gpt", **TINY)
     assert train.plan(state, batch) == searched
 
 
@@ -117,7 +73,8 @@ def test_less_memory_makes_stages_leaner_and_they_still_train_as_one_device_does
     assert free.peak_bytes > 0.2e6 >= tight.peak_bytes
     assert tight.step_s > free.step_s
     assert any(stage.price_s_per_byte > 0 for stage in tight.stages)
-    trains_as_one_device_does(autopar.pipeline(made()[0], plan=tight, compiler_options=O0))
+    train = autopar.pipeline(made("gpt", **TINY)[0], plan=tight, compiler_options=O0)
+    assert_trains_as_one_device_does(train, STEPS, "gpt", **TINY)
 
 
 def test_memory_counts_every_microbatch_in_flight() -> None:
@@ -129,7 +86,7 @@ def test_memory_counts_every_microbatch_in_flight() -> None:
 
 
 def test_gradients_are_scattered_in_every_microbatch_where_memory_is_worth_it(slow: str) -> None:
-    step, state, batch = made()
+    step, state, batch = made("gpt", **TINY)
     how: dict[str, Any] = {"microbatches": 4, "mesh": "data=2", "preset": "zero2", "hardware": slow}
     free = autopar.pipeline(step, **how).plan(state, batch)
     limit_gb = 0.95e-9 * free.peak_bytes
@@ -138,7 +95,7 @@ def test_gradients_are_scattered_in_every_microbatch_where_memory_is_worth_it(sl
     assert not any(stage.scatters for stage in free.stages) and any(stage.scatters for stage in tight.stages)
     scattered = [sum(c.count for c in collectives(p) if c.kind == "reduce_scatter") for p in (free, tight)]
     assert scattered[1] >= 2 * scattered[0] > 0
-    trains_as_one_device_does(autopar.pipeline(step, plan=tight, compiler_options=O0))
+    assert_trains_as_one_device_does(autopar.pipeline(step, plan=tight, compiler_options=O0), STEPS, "gpt", **TINY)
 
 
 def collectives(plan: PipelinePlan) -> list[Collective]:

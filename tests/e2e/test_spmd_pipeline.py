@@ -17,6 +17,7 @@ from autopar.cost import RooflineCost, hardware
 from autopar.errors import MicrobatchError
 from autopar.lowering.audit import audit, compare
 from autopar.plan import Plan
+from tests.e2e import beside
 
 LAYERS, WIDTH, HEADS, SEQ, VOCAB, BATCH = 4, 32, 4, 16, 64, 16
 
@@ -74,6 +75,9 @@ def train_step(state: Any, batch: Any) -> Any:
     return state.apply_gradients(grads=gradients), loss
 
 
+EXPERTS: dict[str, Any] = {
+    "layers": 4, "width": 32, "heads": 4, "vocab": 64, "seq": 16, "batch": 16, "experts": 4, "optimizer": "sgd"
+}  # fmt: skip
 QUICKLY: Any = {"xla_backend_optimization_level": 0}
 
 
@@ -150,6 +154,17 @@ def test_five_steps_of_a_pipeline_equal_one_device(mesh: str, options: dict[str,
     layers = {name: dims for name, dims in compiled.plan.params.items() if name.startswith("params/layers/")}
     if "rounds" not in options:  # else the layers of a stage are not neighbours: they are moved every step
         assert all("pipe" in dims[0] for dims in layers.values()), "every device keeps the layers of its stages only"
+
+
+def test_stages_go_with_experts_on_an_axis_of_their_own(slow: str):
+    """Layers are rolled in pairs, of which the second has the experts; both are pinned to stages and experts."""
+    step, state, batch = beside.made("moe", **EXPERTS)
+    options = {"mesh": "pipe=2,data=2,expert=2", "microbatches": 2, "hardware": slow}
+    train: Any = autopar.parallelize(step, pins=[("params.*experts/(up|down)$", "expert,,")], **options)
+    predicted = train.plan(state, batch).prediction
+    assert {c.kind for c in predicted.collectives if "expert" in c.axes} >= {"all_to_all"}
+    assert any(c.kind == "collective_permute" and c.axes == ("pipe",) for c in predicted.collectives)
+    beside.assert_trains_as_one_device_does(train, 3, "moe", **EXPERTS)
 
 
 def mlp_step(params: Any, batch: Any) -> Any:

@@ -16,7 +16,7 @@ from autopar.ir.program import Program
 from autopar.ir.trace import Traced, trace
 from autopar.lowering.jit import run_program
 from autopar.lowering.pipelined.order import Order
-from autopar.lowering.pipelined.step import Pipelining, pipelined
+from autopar.lowering.pipelined.step import Pipelining, pipelined_step
 from autopar.lowering.time.microbatch import batch_arguments
 
 QUICKLY = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -120,7 +120,7 @@ def arguments(layers: int) -> Any:
 
 
 def piped(traced: Traced, stages: int, microbatches: int, rounds: int = 1) -> Program:
-    return pipelined(traced.program, batch_arguments(traced), Pipelining(stages, microbatches, rounds))
+    return pipelined_step(traced, batch_arguments(traced), Pipelining(stages, microbatches, rounds)).program
 
 
 def assert_equal_to_the_scan(layer: Layer, layers: int, *numbers: int) -> None:

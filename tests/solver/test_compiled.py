@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from reductions import reduce_once
 from slow_twin import brute_force, peak, problems
 from test_solve import wide_step
 
@@ -20,7 +21,7 @@ from autopar.solver.flat import Flat, price_by_weights
 from autopar.solver.lineages import improve
 from autopar.solver.narrow import Settled, guess_the_gap
 from autopar.solver.part import Part, Search, Stopped
-from autopar.solver.presolve import _undominated, forbid_dead, reduce_once
+from autopar.solver.presolve import _undominated, forbid_dead
 from autopar.solver.replay import Replay
 from autopar.solver.rows import rows_of
 from autopar.solver.tables import Tables

@@ -4,9 +4,10 @@ import math
 
 import pytest
 from hypothesis import given, settings
+from reductions import reduce_once
 from slow_twin import brute_force, problems, within
 
-from autopar.solver.presolve import REDUCTIONS, reduce_once, simplify
+from autopar.solver.presolve import REDUCTIONS, simplify
 from autopar.solver.problem import NoChoiceError
 from autopar.solver.tables import Tables
 

@@ -13,11 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from autopar.cluster import Mesh
 from autopar.ir.body import ancestors
 from autopar.ir.program import Atom, Constant, Value
-from autopar.ir.stages import Part, Stage, Stages
+from autopar.ir.stages import Part, Stages
 from autopar.ir.trace import Traced
 from autopar.lowering.instructions import LocalProgram, Slot
 from autopar.lowering.pipeline.compile import StageRunner, compile_piece, slot_sharding, zeros_of
-from autopar.lowering.pipeline.cut import Layout, PipelineError, check_devices, cut_for
+from autopar.lowering.pipeline.cut import PipelineError, check_devices
 from autopar.lowering.pipeline.order import Calls, order_calls
 from autopar.lowering.pipeline.parts import StageParts, cut_parts
 from autopar.lowering.pipeline.send import send
@@ -188,35 +188,6 @@ def _watched(run: StepRun, call: Call, last: bool, watch: Callable[[Call, list[j
     results = run.run(call, last=last)
     if watch is not None:
         watch(call, results)
-
-
-StagePlanner = Callable[[Stage, Mesh, int], LocalProgram]
-"""Plans a stage on a submesh, for so many microbatches a step: its whole program, every part once."""
-
-
-def build_pipeline(
-    traced: Traced,
-    layout: Layout,
-    plan_stage: StagePlanner,
-    devices: Sequence[Any] | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> Compiled:
-    """A traced step as a pipeline: cut, planned stage by stage, compiled.
-
-    Args:
-        traced: the step.
-        layout: where to run what.
-        plan_stage: plans one stage.
-        devices: of all submeshes, one after the other; None for those that JAX sees.
-        settings: as for ``compile_pipeline``.
-
-    Raises:
-        LayerError, PipelineError, MicrobatchError, MeshError: see their texts.
-    """
-    schedule, meshes, stages = layout.schedule, layout.meshes, cut_for(traced, layout)
-    places = [meshes[device] for device in schedule.placements[0]]
-    programs = [plan_stage(s, mesh, schedule.n_microbatches) for s, mesh in zip(stages.stages, places, strict=True)]
-    return compile_pipeline(traced, stages, programs, submeshes(meshes, devices), schedule, settings)
 
 
 def submeshes(meshes: Sequence[Mesh], devices: Sequence[Any] | None = None) -> list[jax.sharding.Mesh]:

@@ -40,7 +40,8 @@ def pipelined_step(traced: Traced, batch: Sequence[Value], how: Pipelining) -> T
         how: stages, microbatches and rounds.
 
     Raises:
-        MicrobatchError: as for ``pipelined``, or no layers are alike.
+        MicrobatchError: there is no scan over layers and no layers are alike, a number does not divide, or layers mix
+            the batch's examples.
     """
     _check(batch, how)
     program = sunk(traced.program)
@@ -61,22 +62,6 @@ def pipelined_step(traced: Traced, batch: Sequence[Value], how: Pipelining) -> T
 
 
 _FIX = "stack the layers with flax.linen.scan or jax.lax.scan, or plan without an axis 'pipe'"
-
-
-def pipelined(program: Program, batch: Sequence[Value], how: Pipelining) -> Program:
-    """The program with its scans over layers as pipelines; it computes what it did.
-
-    Args:
-        program: a whole step.
-        batch: the arguments whose dimension 0 is the batch.
-        how: stages, microbatches and rounds.
-
-    Raises:
-        MicrobatchError: the step has no scan over layers, a number does not divide, or layers mix the batch's examples.
-    """
-    _check(batch, how)
-    program = sunk(program)
-    return _written(program, tuple(find_trunks(program, batch, how.microbatches)), how)
 
 
 def _written(program: Program, trunks: Sequence[Trunk], how: Pipelining) -> Program:
