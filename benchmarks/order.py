@@ -111,9 +111,11 @@ def measure(wanted: argparse.Namespace) -> None:
     plans = {row: planned(row, step, (state, batch), cluster) for row in rows(wanted.layers)}
     placed = {row: timed(run, state, batch)[0] for row, (run, _) in plans.items()}
     times: dict[Row, list[float]] = {row: [] for row in plans}
+    random = np.random.default_rng(0)  # the same in both processes
     for _ in range(wanted.rounds):
-        for row, (run, _) in plans.items():
-            times[row].append(timed(run, placed[row], batch)[1])
+        for k in random.permutation(len(plans)):  # what ran just before leaves caches and memory behind
+            row = list(plans)[k]
+            times[row].append(timed(plans[row][0], placed[row], batch)[1])
     if wanted.process:
         return
     measured = {row: statistics.median(found) for row, found in times.items()}

@@ -144,9 +144,11 @@ def test_a_stage_keeps_the_predicted_bytes_for_a_microbatch(mesh: str) -> None:
     now, kept = run.start(leaves), []
     for call in run.calls.prologue:
         now.run(call)
+        now.send(call)
     now.start_sums()
     for stage in (0, 1):
-        now.run(Call(stage, Tag(Part.FORWARD), 0), last=False)
+        now.run(forward := Call(stage, Tag(Part.FORWARD), 0), last=False)
+        now.send(forward, last=False)
         kept.append(sum(array.addressable_shards[0].data.nbytes for array in now.held(stage, 0).values()))
     assert kept == [kept_bytes(runner.parts, run.cut.varying) for runner in run.runners]
 

@@ -192,7 +192,7 @@ def run_serially(stages: Stages, schedule: Schedule, leaves: list[Any]) -> list[
     for tag, stage in rounds:
         if tag.part == Part.PROLOGUE:
             serial.run(stage, tag)
-    for task in dispatch_order(schedule):
+    for task in (dispatch.task for dispatch in dispatch_order(schedule) if not dispatch.sends):
         serial.run(task.stage, Tag(PARTS[task.kind]), task.microbatch)
     for part, whole in stages.step.stacks.items():
         serial.once[whole] = jnp.stack([serial.each[part, k] for k in range(schedule.n_microbatches)])

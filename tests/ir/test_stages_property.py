@@ -74,7 +74,7 @@ def unavailable(stages: Stages, schedule: Schedule) -> list[str]:
     for tag, stage in rounds:
         if tag.part == Part.PROLOGUE:
             run(stage, tag)
-    for task in dispatch_order(schedule):
+    for task in (dispatch.task for dispatch in dispatch_order(schedule) if not dispatch.sends):
         run(task.stage, Tag(PARTS[task.kind]), task.microbatch)
     for part, whole in (*step.sums.items(), *step.stacks.items()):
         if all((part, k) in known or (part, -1) in known for k in range(schedule.n_microbatches)):

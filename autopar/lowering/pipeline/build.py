@@ -21,7 +21,7 @@ from autopar.lowering.pipeline.cut import PipelineError, check_devices
 from autopar.lowering.pipeline.order import Calls, order_calls
 from autopar.lowering.pipeline.parts import StageParts, cut_parts
 from autopar.lowering.pipeline.send import send
-from autopar.lowering.pipeline.step import Call, Shift, StepRun
+from autopar.lowering.pipeline.step import Call, Sending, Shift, StepRun
 from autopar.lowering.processes import absent, everywhere, is_here, is_the_same
 from autopar.lowering.spmd import copies, device_mesh
 from autopar.solver.schedule import Schedule
@@ -70,16 +70,20 @@ class Compiled:
         run = self.start(leaves)
         for call in self.calls.prologue:
             _watched(run, call, True, watch)
+            run.send(call)
         if self.schedule.n_microbatches > 1:
             run.start_sums()
         for call, last in self.calls.tasks:
             if isinstance(call, Shift):
                 run.shift(call)
+            elif isinstance(call, Sending):
+                run.send(call.call, last=last)
             else:
                 _watched(run, call, last, watch)
         run.finish_loop()
         for call in self.calls.update:
             _watched(run, call, True, watch)
+            run.send(call)
         self.peaks[:] = [run.peak.get(device, 0) for device in range(self.schedule.n_devices)]
         return self._readable([self._result(run, atom) for atom in self.cut.step.outputs])
 

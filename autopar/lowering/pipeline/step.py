@@ -1,7 +1,7 @@
 """One step of a pipeline in progress: which arrays are where, who gets them next, when they are dropped.
 
-One process dispatches everything and waits for nothing: JAX runs what is ready. A value is sent as soon as its maker is
-dispatched, and dropped (or its buffer reused) when its last reader is. Several processes all go through the same calls
+One process dispatches everything and waits for nothing: JAX runs what is ready. A value is sent after its maker was
+dispatched, at its place in the line (``order.py``), and dropped (or its buffer reused) when its last reader is. Several processes all go through the same calls
 in the same order; each runs what its own devices have a part in, and keeps arrays without blocks for the rest.
 """
 
@@ -50,6 +50,13 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Sending:
+    """Sends what a piece made to the stages that read it."""
+
+    call: Call
+
+
+@dataclass(frozen=True)
 class Shift:
     """Moves what a stage keeps for a microbatch to the devices of another, or back.
 
@@ -73,6 +80,7 @@ class StepRun:
         meshes: the devices behind each device of the schedule.
         wholes: arrays of which the microbatches are slices, where no stage makes them.
         arrays: what is there now, by runner and microbatch.
+        unsent: what was made and is not yet sent.
         stacked: for each value of which every microbatch keeps its own, those so far.
         kept: for each device, the (runner, microbatch) pairs that it keeps something for.
         peak: for each device, the most pairs at one time.
@@ -83,6 +91,7 @@ class StepRun:
     meshes: Sequence[jax.sharding.Mesh]
     wholes: Mapping[Value, Any]
     arrays: dict[tuple[int, int], dict[Slot, jax.Array]] = field(default_factory=dict)
+    unsent: dict[Call, dict[Slot, jax.Array]] = field(default_factory=dict)
     stacked: dict[Value, dict[int, jax.Array]] = field(default_factory=dict)
     kept: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
     peak: dict[int, int] = field(default_factory=dict)
@@ -116,11 +125,11 @@ class StepRun:
         return self.held(stage)[self.runners[stage].parts.outputs[value]]
 
     def run(self, call: Call, *, last: bool = True) -> list[jax.Array]:
-        """Dispatches a piece, sends its results and drops what it read last.
+        """Dispatches a piece, and drops what it read last.
 
         Args:
             call: which piece, for which microbatch.
-            last: whether no later microbatch runs this piece, so that its sums may be sent.
+            last: whether no later microbatch runs this piece.
         """
         index = call.replica * self.n_stages + call.stage
         runner = self.runners[index]
@@ -134,12 +143,21 @@ class StepRun:
         for slot, array in zip(piece.kept, kept, strict=True):
             if call.microbatch == ONCE or slot in runner.parts.last_reader:
                 self.held(index, call.microbatch)[slot] = array
-            self._send(index, slot, array, call.microbatch)
+            if slot in runner.results:
+                self.unsent.setdefault(call, {})[slot] = array
         once.update(zip(piece.sums, sums, strict=True))
-        if last and self.n_replicas == 1:
-            self._send_sums(piece.sums)
         self._count(runner.device, index, call.microbatch)
         return results
+
+    def send(self, call: Call, *, last: bool = True) -> None:
+        """Sends the results of a piece that was dispatched; of the last microbatch that runs it, the sums too."""
+        runner = self.runners[call.replica * self.n_stages + call.stage]
+        for slot, array in self.unsent.pop(call, {}).items():
+            self._deliver(call.replica, slot.value, array, call.microbatch)
+            if slot.value in self.cut.step.stacks:
+                self.stacked.setdefault(slot.value, {})[call.microbatch] = array
+        if last and self.n_replicas == 1:
+            self._send_sums(runner.pieces[call.tag].piece.sums)
 
     def _feed(self, index: int, microbatch: int) -> None:
         """Gives a stage its slices of what the microbatches are cut from."""
@@ -153,14 +171,6 @@ class StepRun:
         held = self.held(index, call.microbatch if own else ONCE)
         dies = runner.parts.last_reader[slot] == call.tag and (own or last)
         return held.pop(slot) if dies and (own or slot not in runner.results) else held[slot]
-
-    def _send(self, index: int, slot: Slot, array: jax.Array, microbatch: int) -> None:
-        runner = self.runners[index]
-        if slot not in runner.results:
-            return
-        self._deliver(runner.replica, slot.value, array, microbatch)
-        if slot.value in self.cut.step.stacks:
-            self.stacked.setdefault(slot.value, {})[microbatch] = array
 
     def _deliver(self, replica: int, value: Value, array: jax.Array, microbatch: int) -> None:
         first = replica * self.n_stages
