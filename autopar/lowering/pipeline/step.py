@@ -1,8 +1,9 @@
 """One step of a pipeline in progress: which arrays are where, who gets them next, when they are dropped.
 
 One process dispatches everything and waits for nothing: JAX runs what is ready. A value is sent after its maker was
-dispatched, at its place in the line (``order.py``), and dropped (or its buffer reused) when its last reader is. Several processes all go through the same calls
-in the same order; each runs what its own devices have a part in, and keeps arrays without blocks for the rest.
+dispatched, at its place in the line (``order.py``), and dropped (or its buffer reused) when its last reader is. Several
+processes all go through the same calls in the same order; each runs what its own devices have a part in, and keeps
+arrays without blocks for the rest.
 """
 
 import functools
