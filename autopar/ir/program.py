@@ -1,5 +1,6 @@
 """The program: a flat list of equations over named values, as the rest of autopar sees a traced step."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,7 +39,7 @@ class Value:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the whole value."""
-        return int(np.prod(self.aval.shape, dtype=np.int64)) * self.itemsize
+        return math.prod(self.aval.shape) * self.itemsize
 
     def __repr__(self) -> str:
         return f"{self.name}:{self.aval.str_short()}"

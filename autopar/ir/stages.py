@@ -10,7 +10,7 @@ Prologue and update run in *rounds*: a value that comes from the same part of an
 global norm is three rounds (each stage's share, their sum, the updates that it scales).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
@@ -318,10 +318,11 @@ class _Cut:
         inputs = tuple(dict.fromkeys(value for eqn in equations for value in eqn.operands if value not in made))
         sent, carried = self._leaving(index, made, alias)
         outputs = tuple(v for eqn in equations for v in eqn.outputs if v in carried)
+        read, returned = ({value: i for i, value in enumerate(values)} for values in (inputs, outputs))
         state = tuple(
-            (inputs.index(arg), outputs.index(new))
-            for arg, new in _carried_state(step, alias)
-            if self.home[arg] == index and arg in inputs and new in outputs
+            (read[arg], returned[new])
+            for arg, new in self._carried_state(index, alias)
+            if arg in read and new in returned
         )
         summed = {part: step.monoids[part] for part in step.sums if self.maker[part] == index}
         return Stage(Program(inputs, outputs, equations), own, state, summed, sent)
@@ -336,6 +337,12 @@ class _Cut:
         results = {alias.get(v, v) for v in step.outputs if isinstance(v, Value)}
         summed = {alias[v] for v in abroad if v in alias}
         return sent, made & self.maker.keys() & (sent | results | summed)
+
+    def _carried_state(self, index: int, alias: Mapping[Value, Value]) -> Iterator[tuple[Value, Value]]:
+        for i, o in self.step.state:
+            arg, new = self.step.inputs[i], self.step.outputs[o]
+            if self.home[arg] == index and isinstance(new, Value):
+                yield arg, alias.get(new, new)
 
     def _needed_free(self, mine: Mapping[Equation, Tag]) -> list[Equation]:
         """What the stage's equations read that depends on nothing; each stage makes its own copy."""
@@ -353,8 +360,3 @@ def _aliased(eqn: Equation, alias: Mapping[Value, Value]) -> Equation:
 
 def _renamed(atoms: Sequence[Atom], names: Mapping[Value, Value]) -> tuple[Atom, ...]:
     return tuple(names.get(atom, atom) if isinstance(atom, Value) else atom for atom in atoms)
-
-
-def _carried_state(step: Step, alias: Mapping[Value, Value]) -> list[tuple[Value, Value]]:
-    results = ((step.inputs[i], step.outputs[o]) for i, o in step.state)
-    return [(arg, alias.get(new, new)) for arg, new in results if isinstance(new, Value)]

@@ -121,7 +121,8 @@ class _Cutter:
         code = self._scattered_at_once(self.code[tag]) if self.stage.scatters else self.code[tag]
         made = {slot for i in code for slot in i.outputs}
         read = dict.fromkeys(slot for i in code for slot in reads(i))
-        kept = [replace(i, after=None) if isinstance(i, Move) and i.after not in made | set(read) else i for i in code]
+        there = made.union(read)
+        kept = [replace(i, after=None) if isinstance(i, Move) and i.after not in there else i for i in code]
         inputs = tuple(slot for slot in read if slot not in made)
         results = [slot for i in code for slot in i.outputs]
         sums = tuple(slot for slot in results if tag.part.per_microbatch and self._is_sum(slot))

@@ -13,6 +13,7 @@ one piece, exist only after the loop. So every value also has a number: the firs
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax.numpy as jnp
@@ -145,12 +146,12 @@ class Question:
     terms: frozenset[Value] = frozenset()
     inside: bool = False
 
-    @property
+    @cached_property
     def large_bytes(self) -> float:
         """From which size on loops make parts of whole values even by contractions: that of a chunked value."""
         return min((v.nbytes for v in self.seeds if v not in self.program.inputs), default=math.inf)
 
-    @property
+    @cached_property
     def small_bytes(self) -> int:
         """What may be stacked, or made whole a second time: no more than the arguments that are cut."""
         return 0 if self.inside else sum(v.nbytes for v in self.seeds if v in self.program.inputs)
