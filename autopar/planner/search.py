@@ -17,7 +17,7 @@ from autopar.planner.decide import Decisions
 from autopar.planner.graph import Graph, Unit, build_graph
 from autopar.planner.intra import Formulation, Formulator
 from autopar.sharding.lookup import RuleBook, has_rule
-from autopar.solver import Choice, NoChoiceError, Problem, Progress, solve
+from autopar.solver import Choice, NoChoiceError, Problem, Progress, Start, Warm, solve
 
 UNKNOWN = Prediction(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, ())
 
@@ -26,9 +26,14 @@ Masks = Mapping[Unit, np.ndarray]
 
 
 class Solved:
-    """Choices of the problems solved so far: stages that are alike pose the same one."""
+    """Choices of the problems solved so far: stages that are alike pose the same one.
 
-    def __init__(self) -> None:
+    Args:
+        warm: what solves of problems that are only nearly the same leave each other; None where few are to follow.
+    """
+
+    def __init__(self, warm: Warm | None = None) -> None:
+        self.warm = warm
         self._known: list[tuple[Problem, float, Choice]] = []
 
     def find(self, problem: Problem, relative_gap: float) -> Choice | None:
@@ -135,6 +140,7 @@ def search(prepared: Prepared, limits: Limits, masks: Masks | None = None) -> tu
             seconds=limits.seconds,
             relative_gap=limits.relative_gap,
             on_progress=limits.on_progress,
+            start=Start(warm=prepared.solved.warm),
         )
     except NoChoiceError as error:
         raise _explained(error, limits) from error

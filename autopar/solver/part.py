@@ -83,6 +83,7 @@ class Search:
         self.keeps_tables = warm is not None
         self.tables = self.warm.tables
         self.tables.poll = self._tick
+        self.tables.compiled = self.keeps_tables
         self.strategies: tuple[int, ...] | None = None
         self.objective, self.bound = math.inf, -math.inf
         self.stage = "reading"

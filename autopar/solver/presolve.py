@@ -19,7 +19,7 @@ from autopar.solver.tables import Tables
 Reduction = Callable[[Draft, list[int]], None]
 # Comparing all pairs of strategies under all neighbours takes k^2 s time; beyond this it is not worth it.
 DOMINANCE_STRATEGIES = 512
-# Compiled kernels take half a second to load: so many nodes of which no two are alike make that up.
+# Compiled kernels take half a second to load: so many nodes of which no two are alike make that up, or more solves.
 MANY_UNLIKE = 500
 # Pairs of strategies are compared one by one where they are at most this share of all.
 PAIRS_SHARE = 0.25
@@ -201,7 +201,7 @@ def drop_dominated(draft: Draft, nodes: list[int]) -> None:
     """
     nodes = [node for node in nodes if 1 < draft.size(node) <= DOMINANCE_STRATEGIES]
     unlike = len({_surroundings(draft, node) for node in nodes})
-    function = _undominated if unlike < MANY_UNLIKE else _undominated_compiled
+    function = _undominated if unlike < MANY_UNLIKE and not draft.tables.compiled else _undominated_compiled
     for node in nodes:
         kept = draft.tables.memo(function, *_surroundings(draft, node))
         if kept is not None:

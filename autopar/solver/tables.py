@@ -31,7 +31,8 @@ class Tables:
     ``poll`` is called before each operation that is really computed; it may raise to stop the work.
 
     ``misses`` counts the operations really computed (tests see by it that repetition is free), ``entries``
-    the numbers held; ``most_entries`` bounds them, by ``TooManyEntries``.
+    the numbers held; ``most_entries`` bounds them, by ``TooManyEntries``. ``compiled`` tells that so much is to be
+    computed that compiled kernels are worth loading.
     """
 
     def __init__(self, poll: Callable[[], None] | None = None) -> None:
@@ -40,6 +41,7 @@ class Tables:
         self.entries = 0
         self.most_entries: float = math.inf
         self.poll = poll
+        self.compiled = False
         self._of_object: dict[int, int] = {}
         self._of_content: dict[Hashable, int] = {}
         self._memo: dict[Hashable, Any] = {}

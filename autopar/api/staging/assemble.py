@@ -19,6 +19,7 @@ from autopar.lowering.pipeline.cut import Layout, cut_for
 from autopar.plan import PipelinePlan, PlannedStage, StagePrediction
 from autopar.planner.search import Solved
 from autopar.sharding.lookup import RuleBook
+from autopar.solver import Warm
 from autopar.solver.schedule import TaskCosts, Timeline, simulate
 
 
@@ -88,7 +89,7 @@ class Pipelined:
     @staticmethod
     def of(stages: Stages, layout: Layout, options: Options) -> "Pipelined":
         """A planner for each stage, with the pins that are for it."""
-        planners, solved = [], (Solved(), RuleBook())
+        planners, solved = [], (Solved(Warm()), RuleBook())
         for index, device in enumerate(layout.schedule.placements[0]):
             own = replace(options, pins=_pins_of(stages.stages, index, options.pins))
             cost = prices_on(options, layout.meshes[device])

@@ -17,10 +17,10 @@ from autopar.lowering.predict import collectives, communication_s, flops, local_
 from autopar.lowering.simulate import simulate
 from autopar.plan import Collective, Plan, Prediction
 from autopar.planner.intra import Formulation, Formulator
-from autopar.planner.search import Limits, Prepared, search
+from autopar.planner.search import Limits, Prepared, Solved, search
 from autopar.planner.space import Space
 from autopar.sharding.lookup import RuleBook
-from autopar.solver import Choice, Problem
+from autopar.solver import Choice, Problem, Warm
 from autopar.solver.slicing import StageCost
 
 GAP = 1e-3
@@ -105,9 +105,10 @@ class Priced:
             prices_s_per_byte: seconds of a step that a byte of a device is worth; 0 plans for speed alone.
         """
         formulator, turns = Formulator(self.prepared.graph, cost), _turns(self.prepared, self.part.stage)
-        known, found = formulator.formulate(0.0), []
+        known, found, solved = formulator.formulate(0.0), [], Solved(Warm())
         for price_s_per_byte in prices_s_per_byte:
-            own = replace(self.prepared, formulator=Frugal(formulator, turns, price_s_per_byte, known))  # type: ignore[arg-type]
+            priced = Frugal(formulator, turns, price_s_per_byte, known)
+            own = replace(self.prepared, formulator=priced, solved=solved)  # type: ignore[arg-type]
             found.append(Prices.of(own, search(own, Limits(relative_gap=GAP)), self.part).layer_cost())
         return tuple(found)
 
