@@ -125,7 +125,7 @@ Instruction = Move | Bundle | Run | Barrier | Loop | Branch
 
 def reads(instruction: Instruction) -> tuple[Slot, ...]:
     """The slots that an instruction reads, one for each operand that is no constant."""
-    return tuple(operand for operand in instruction.inputs if isinstance(operand, Slot))
+    return tuple([operand for operand in instruction.inputs if isinstance(operand, Slot)])
 
 
 @dataclass(frozen=True, eq=False)

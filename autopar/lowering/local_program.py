@@ -61,6 +61,7 @@ class _Builder:
         self.plan, self.cost, self.rules = plan, cost, rules
         self.routes = {(r.shape, r.itemsize, r.monoid, r.specs[0], r.specs[-1]): r.specs for r in plan.routes}
         self.sizes = plan.mesh.sizes
+        self.axes = plan.mesh.names
         self.instructions: list[Instruction] = []
         self.slots: dict[Value, Slot] = {}
         self.views: dict[int, Slot] = {}
@@ -129,7 +130,7 @@ class _Builder:
 
     def _all_axes(self, splits: Sequence[tuple[str, Split]]) -> dict[str, Split]:
         given = dict(splits)
-        return given | {axis: None for axis in self.plan.mesh.names if axis not in given}
+        return given | {axis: None for axis in self.axes if axis not in given}
 
     def _run(self, eqn: Equation, strategy: Strategy) -> tuple[Slot, ...]:
         inputs = self._operands(eqn, strategy.inputs)

@@ -33,8 +33,8 @@ class Strategy:
         return " ".join(parts) or "replicated"
 
 
-def _spec(layout: Layout, splits: dict[str, Split], partial: set[str]) -> Spec:
-    dims = tuple(tuple(axis for factor in dim for axis, split in splits.items() if split == factor) for dim in layout)
+def _spec(layout: Layout, axes: dict[Split, tuple[str, ...]], partial: set[str]) -> Spec:
+    dims = tuple([tuple([axis for factor in dim for axis in axes.get(factor, ())]) for dim in layout])
     return Spec(dims, frozenset(partial))
 
 
@@ -53,12 +53,15 @@ def make_strategy(rule: ShardingRule, splits: dict[str, Split]) -> Strategy:
     """The specs that follow from what each axis (in mesh order) does."""
     reduced = {axis for axis, split in splits.items() if split in rule.reduce}
     carried = {axis: split for axis, split in splits.items() if isinstance(split, int)}
+    axes: dict[Split, tuple[str, ...]] = {}
+    for axis, split in splits.items():
+        axes[split] = (*axes.get(split, ()), axis)
     inputs = []
     for position, layout in enumerate(rule.operands):
         partial = {axis for axis, group in carried.items() if position in rule.linear[group]}
         partial |= reduced if position in rule.accumulators else set()
-        inputs.append(_spec(layout, splits, partial))
-    outputs = tuple(_spec(layout, splits, reduced | set(carried)) for layout in rule.results)
+        inputs.append(_spec(layout, axes, partial))
+    outputs = tuple(_spec(layout, axes, reduced | set(carried)) for layout in rule.results)
     return Strategy(tuple(splits.items()), tuple(inputs), outputs)
 
 

@@ -3,13 +3,14 @@
 import functools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.api.planning import Options
 from autopar.api.staging.draft import Draft, Fitting, StagePlanner, peak_bytes
 from autopar.api.staging.kinds import Part
 from autopar.api.staging.links import Traffic, cluster_of, prices_on
+from autopar.api.staging.twins import likeness
 from autopar.ir.fingerprint import fingerprint
 from autopar.ir.stages import Stage, Stages
 from autopar.ir.step import Step
@@ -89,11 +90,16 @@ class Pipelined:
     @staticmethod
     def of(stages: Stages, layout: Layout, options: Options) -> "Pipelined":
         """A planner for each stage, with the pins that are for it."""
-        planners, solved = [], (Solved(Warm()), RuleBook())
+        planners, solved, shown = [], (Solved(Warm()), RuleBook()), dict[int, str]()
+        first: dict[Hashable, StagePlanner] = {}
         for index, device in enumerate(layout.schedule.placements[0]):
             own = replace(options, pins=_pins_of(stages.stages, index, options.pins))
-            cost = prices_on(options, layout.meshes[device])
-            planners.append(StagePlanner(Part(stages, index), cost, layout.schedule.n_microbatches, own, solved))
+            part, mesh = Part(stages, index), layout.meshes[device]
+            cost, alike = prices_on(options, mesh), None if own.pins else likeness(part, shown)
+            twin = None if alike is None else first.get((alike, mesh))
+            planner = StagePlanner(part, cost, layout.schedule.n_microbatches, own, solved, twin)
+            first.setdefault((alike, mesh), planner)
+            planners.append(planner)
         return Pipelined(stages, layout, options, tuple(planners))
 
     @functools.cached_property

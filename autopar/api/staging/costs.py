@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from autopar.api.planning import equation_seconds
 from autopar.api.staging.kinds import Part
 from autopar.api.staging.prepare import prepare_stage
+from autopar.api.staging.twins import Names
 from autopar.cost import CostModel, overlaps
 from autopar.ir.program import Value
 from autopar.ir.stages import Part as Kind
@@ -172,6 +173,12 @@ class Prices:
         once_s = {name: each / times[name] for name, each in seconds.items()}
         varying = part.stages.varying
         return Prices(part, local, cut_parts(local, part.stage, varying), cost, once_s)
+
+    def of_twin(self, names: Names, plan: Plan, part: Part, rules: RuleBook) -> "Prices":
+        """The same for a stage that is alike: its plan, and what it calls the equations of this one."""
+        local = build_local_program(part.stage.program, plan, self.cost, rules)
+        once_s = {names.equations[name]: seconds for name, seconds in self.once_s.items()}
+        return Prices(part, local, cut_parts(local, part.stage, part.stages.varying), self.cost, once_s)
 
     def scattering(self) -> "Prices":
         """The same stage, whose gradients are scattered in every microbatch."""

@@ -10,6 +10,7 @@ from autopar.api.staging.costs import Prices, frugal, unit_price_s_per_byte
 from autopar.api.staging.kinds import Part
 from autopar.api.staging.links import ONE_DEVICE, prices_on
 from autopar.api.staging.prepare import prepare_stage
+from autopar.api.staging.twins import Names
 from autopar.cost import CostModel
 from autopar.errors import InfeasibleError
 from autopar.plan import Plan
@@ -45,6 +46,13 @@ class Draft:
     cost: StageCost
     price_s_per_byte: float
 
+    def of_twin(self, part: Part, rules: RuleBook) -> "Draft":
+        """The same for a stage that is alike."""
+        mine = part.scattering() if self.prices.part.stage.scatters else part
+        names = Names.of(self.prices.part.stage.program, mine.stage.program)
+        plan = names.plan(self.plan, mine.stage.program)
+        return replace(self, plan=plan, prices=self.prices.of_twin(names, plan, mine, rules))
+
     @property
     def room_bytes(self) -> float:
         """What it needs of a device with one microbatch in flight."""
@@ -60,7 +68,8 @@ class StagePlanner:
         cost: prices its submesh.
         microbatches: of a step.
         options: the restrictions.
-        solved: what the planners of all stages solved so far, and their rules: alike stages are solved once.
+        solved: what the planners of all stages solved so far, and their rules.
+        twin: the planner of a stage that is like this one: it plans for both.
     """
 
     part: Part
@@ -68,11 +77,14 @@ class StagePlanner:
     microbatches: int
     options: Options
     solved: tuple[Solved, RuleBook] = field(default_factory=lambda: (Solved(), RuleBook()))
+    twin: "StagePlanner | None" = None
     _drafts: dict[float, Draft] = field(default_factory=dict)
 
     def draft(self, frugality: float) -> Draft:
         """The best plan at a price of memory; see ``Search.frugality``."""
-        if frugality not in self._drafts:
+        if frugality not in self._drafts and self.twin is not None:
+            self._drafts[frugality] = self.twin.draft(frugality).of_twin(self.part, self.solved[1])
+        elif frugality not in self._drafts:
             price_s_per_byte = frugality * self._unit_s_per_byte if frugality else 0.0
             self._drafts[frugality] = self._planned(price_s_per_byte, math.inf)
         return self._drafts[frugality]

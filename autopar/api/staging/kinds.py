@@ -62,7 +62,7 @@ def layer_kinds(step: Step, layers: Layers) -> tuple[int, ...]:
     known: dict[str, int] = {}
     shown: dict[int, str] = {}
     members = _members(step, layers)
-    return tuple(known.setdefault(_structure(members[layer], shown), len(known)) for layer in range(layers.n_layers))
+    return tuple(known.setdefault(structure(equations, shown)[0], len(known)) for equations in members)
 
 
 def _members(step: Step, layers: Layers) -> list[list[Equation]]:
@@ -82,9 +82,17 @@ def _members(step: Step, layers: Layers) -> list[list[Equation]]:
     return members
 
 
-def _structure(equations: Iterable[Equation], shown: dict[int, str]) -> str:
-    """A hash of equations that forgets names and literals."""
-    digest, number = hashlib.sha256(), {}
+def structure(
+    equations: Iterable[Equation], shown: dict[int, str], *, literals: bool = False
+) -> tuple[str, dict[Value, int]]:
+    """A hash of equations that forgets names, and the number that stands for each value.
+
+    Args:
+        equations: in order.
+        shown: what parameters and literals look like, by identity, as far as that was asked before.
+        literals: whether they count, too.
+    """
+    digest, number = hashlib.sha256(), dict[Value, int]()
 
     def text(item: object) -> str:
         if id(item) not in shown:
@@ -92,8 +100,9 @@ def _structure(equations: Iterable[Equation], shown: dict[int, str]) -> str:
         return shown[id(item)]
 
     def atom(a: Atom) -> str:
-        place = "literal" if isinstance(a, Constant) else number.setdefault(a, len(number))
-        return f"{place}:{a.aval.str_short()}"
+        if isinstance(a, Constant):
+            return text(a) if literals else f"literal:{a.aval.str_short()}"
+        return f"{number.setdefault(a, len(number))}:{a.aval.str_short()}"
 
     groups: dict[object, int] = {}
     for eqn in equations:
@@ -103,7 +112,7 @@ def _structure(equations: Iterable[Equation], shown: dict[int, str]) -> str:
         params = ",".join(f"{key}={own[key] if key == 'group' else text(own[key])}" for key in own)
         ends = " ".join(map(atom, (*eqn.inputs, *eqn.outputs)))
         digest.update(f"{eqn.primitive.name}[{params}]{ends}\n".encode())
-    return digest.hexdigest()
+    return digest.hexdigest(), number
 
 
 # -- parts
