@@ -13,6 +13,7 @@ global norm is three rounds (each stage's share, their sum, the updates that it 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple
 
 from autopar.ir.body import ancestors, free_values
@@ -307,11 +308,33 @@ class _Cut:
     tags: Mapping[Equation, Tag]
     free: frozenset[Value]
 
+    @cached_property
+    def _equations(self) -> dict[int, list[Equation]]:
+        """What each stage runs."""
+        found: dict[int, list[Equation]] = {}
+        for eqn in self.step.equations:
+            if eqn in self.of:
+                found.setdefault(self.of[eqn], []).append(eqn)
+        return found
+
+    @cached_property
+    def _readers(self) -> dict[Value, set[int]]:
+        """The stages that read each value."""
+        found: dict[Value, set[int]] = {}
+        for index, equations in self._equations.items():
+            for value in (value for eqn in equations for value in eqn.operands):
+                found.setdefault(value, set()).add(index)
+        return found
+
+    @cached_property
+    def _free_equations(self) -> list[Equation]:
+        return [eqn for eqn in self.step.equations if self.free.issuperset(eqn.outputs)]
+
     def stage(self, index: int) -> Stage:
         """The program of one stage."""
         step, tags = self.step, self.tags
         alias = {total: part for part, total in step.sums.items() if self.maker[part] == index}
-        mine = sorted((eqn for eqn in step.equations if self.of.get(eqn) == index), key=lambda eqn: tags[eqn])
+        mine = sorted(self._equations.get(index, ()), key=tags.__getitem__)
         own = {_aliased(eqn, alias): tags[eqn] for eqn in mine}
         equations = (*self._needed_free(own), *own)
         made = {value for eqn in equations for value in eqn.outputs}
@@ -332,7 +355,7 @@ class _Cut:
     ) -> tuple[frozenset[Value], set[Value]]:
         """What other stages, or slices and stacks, read as it is made; that and what is summed or a result."""
         step = self.step
-        abroad = {v for eqn in step.equations if self.of.get(eqn, index) != index for v in eqn.operands}
+        abroad = {v for v in (*made, *alias) if not self._readers.get(v, set()) <= {index}}
         sent = frozenset(made & (abroad | set(step.slices.values()) | step.stacks.keys()) & self.maker.keys())
         results = {alias.get(v, v) for v in step.outputs if isinstance(v, Value)}
         summed = {alias[v] for v in abroad if v in alias}
@@ -346,9 +369,8 @@ class _Cut:
 
     def _needed_free(self, mine: Mapping[Equation, Tag]) -> list[Equation]:
         """What the stage's equations read that depends on nothing; each stage makes its own copy."""
-        candidates = [eqn for eqn in self.step.equations if self.free.issuperset(eqn.outputs)]
-        needed = ancestors(candidates, {value for eqn in mine for value in eqn.operands} & self.free)
-        return [eqn for eqn in candidates if eqn in needed]
+        needed = ancestors(self._free_equations, {value for eqn in mine for value in eqn.operands} & self.free)
+        return [eqn for eqn in self._free_equations if eqn in needed]
 
 
 def _aliased(eqn: Equation, alias: Mapping[Value, Value]) -> Equation:

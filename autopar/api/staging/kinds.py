@@ -5,6 +5,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from autopar.ir.layers import Layers, free_values
 from autopar.ir.program import Atom, Constant, Equation, Value
 from autopar.ir.stages import Stage, Stages, cut, sink_sums
@@ -82,15 +84,15 @@ def _members(step: Step, layers: Layers) -> list[list[Equation]]:
     return members
 
 
-def structure(
-    equations: Iterable[Equation], shown: dict[int, str], *, literals: bool = False
-) -> tuple[str, dict[Value, int]]:
-    """A hash of equations that forgets names, and the number that stands for each value.
+def structure(equations: Iterable[Equation], shown: dict[int, str]) -> tuple[str, dict[Value, int]]:
+    """A hash of equations that forgets names and all of literals but whether they are zero, as plans do.
 
     Args:
         equations: in order.
-        shown: what parameters and literals look like, by identity, as far as that was asked before.
-        literals: whether they count, too.
+        shown: what parameters and avals look like, by identity, as far as that was asked before.
+
+    Returns:
+        The hash, and the number that stands for each value.
     """
     digest, number = hashlib.sha256(), dict[Value, int]()
 
@@ -101,8 +103,8 @@ def structure(
 
     def atom(a: Atom) -> str:
         if isinstance(a, Constant):
-            return text(a) if literals else f"literal:{a.aval.str_short()}"
-        return f"{number.setdefault(a, len(number))}:{a.aval.str_short()}"
+            return f"{'literal' if np.any(a.value) else 'zero'}:{text(a.aval)}"
+        return f"{number.setdefault(a, len(number))}:{text(a.aval)}"
 
     groups: dict[object, int] = {}
     for eqn in equations:

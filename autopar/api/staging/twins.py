@@ -17,12 +17,12 @@ def likeness(part: Part, shown: dict[int, str]) -> Hashable | None:
 
     Args:
         part: the stage and the cut that it is from.
-        shown: what parameters look like, by identity, as far as that was asked before.
+        shown: what parameters and avals look like, by identity, as far as that was asked before.
     """
     stage, program = part.stage, part.stage.program
     if any(eqn.bodies for eqn in program.equations):
         return None
-    text, number = structure(program.equations, shown, literals=True)
+    text, number = structure(program.equations, shown)
     varying, maker = part.stages.varying, part.stages.maker
     inputs = tuple((number.get(v), v in varying, maker.get(v, -1) < part.index) for v in program.inputs)
     outputs = tuple(number.get(v) if isinstance(v, Value) else repr(v) for v in program.outputs)
