@@ -318,13 +318,13 @@ class _Cut:
         return found
 
     @cached_property
-    def _readers(self) -> dict[Value, set[int]]:
-        """The stages that read each value."""
-        found: dict[Value, set[int]] = {}
+    def _readers(self) -> tuple[dict[Value, int], set[Value]]:
+        """A stage that reads each value, and the values that several read."""
+        first, shared = dict[Value, int](), set[Value]()
         for index, equations in self._equations.items():
-            for value in (value for eqn in equations for value in eqn.operands):
-                found.setdefault(value, set()).add(index)
-        return found
+            for eqn in equations:
+                shared.update(value for value in eqn.operands if first.setdefault(value, index) != index)
+        return first, shared
 
     @cached_property
     def _free_equations(self) -> list[Equation]:
@@ -355,7 +355,8 @@ class _Cut:
     ) -> tuple[frozenset[Value], set[Value]]:
         """What other stages, or slices and stacks, read as it is made; that and what is summed or a result."""
         step = self.step
-        abroad = {v for v in (*made, *alias) if not self._readers.get(v, set()) <= {index}}
+        first, shared = self._readers
+        abroad = {v for v in (*made, *alias) if v in shared or first.get(v, index) != index}
         sent = frozenset(made & (abroad | set(step.slices.values()) | step.stacks.keys()) & self.maker.keys())
         results = {alias.get(v, v) for v in step.outputs if isinstance(v, Value)}
         summed = {alias[v] for v in abroad if v in alias}

@@ -1,6 +1,6 @@
 """One iteration of a loop over time, equation by equation: on parts, on terms, on copies; and scans inside it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from autopar.ir.program import Atom, Constant, Equation, Program, Value
 from autopar.ir.trace import flatten
 from autopar.lowering.local import without_shardings
 from autopar.lowering.time.shard import TimeShard, part_shape, take_parts
+from autopar.sharding.lookup import signature
 from autopar.sharding.registry import LOCAL_RULES
 from autopar.sharding.time.demand import COPY, ESTIMATE, TERM, Demand, Form, Run
 from autopar.sharding.time.nested import Nested
@@ -21,10 +22,11 @@ from autopar.sharding.time.timing import Cut, Timings
 
 @dataclass
 class Writer:
-    """Equations of one program in the making; ``names`` is shared by all."""
+    """Equations of one program in the making; ``names`` is shared by all, ``traced`` are functions written before."""
 
     names: dict[str, int]
     equations: list[Equation] = field(default_factory=list)
+    traced: dict[Hashable, Program] = field(default_factory=dict)
 
     def unique(self, base: str) -> str:
         """A name that no value has yet."""
@@ -43,16 +45,20 @@ class Writer:
         self.equations.append(replace(eqn, inputs=tuple(inputs), outputs=outputs, name=name, params=params))
         return list(outputs)
 
-    def write(self, function: Callable[..., Any], operands: Sequence[Atom], like: Equation) -> list[Atom]:
-        """Adds the equations of ``function(*operands)``, named after ``like``, which they stand for."""
+    def write(
+        self, function: Callable[..., Any], operands: Sequence[Atom], like: Equation, key: Hashable = None
+    ) -> list[Atom]:
+        """Adds the equations of ``function(*operands)``, named after ``like``, which they stand for.
+
+        Functions of equal keys (not None) are equal: a step of many layers writes the same few a thousand times.
+        """
         values = [atom for atom in operands if isinstance(atom, Value)]
-
-        def called(*arrays: Any) -> Any:
-            rest = iter(arrays)
-            return function(*(next(rest) if isinstance(atom, Value) else _array(atom) for atom in operands))
-
-        closed = jax.make_jaxpr(called)(*(compat.struct_of(value.aval) for value in values))
-        small = flatten(closed, [value.name for value in values])
+        whole = None if key is None or len(values) < len(operands) else (key, *(value.aval for value in values))
+        small = self.traced.get(whole)
+        if small is None:
+            small = _traced(function, operands, values)
+            if whole is not None:
+                self.traced[whole] = small
         assert not small.constants, f"{like.name} closes over arrays"
         env: dict[Atom, Atom] = dict(zip(small.inputs, values, strict=True))
         scope = like.name.rpartition("/")[0]
@@ -72,6 +78,17 @@ class Writer:
                 )
             )
         return [env.get(atom, atom) for atom in small.outputs]
+
+
+def _traced(function: Callable[..., Any], operands: Sequence[Atom], values: Sequence[Value]) -> Program:
+    """A function of the operands that are values."""
+
+    def called(*arrays: Any) -> Any:
+        rest = iter(arrays)
+        return function(*(next(rest) if isinstance(atom, Value) else _array(atom) for atom in operands))
+
+    closed = jax.make_jaxpr(called)(*(compat.struct_of(value.aval) for value in values))
+    return flatten(closed, [value.name for value in values])
 
 
 def _array(constant: Atom) -> Any:
@@ -139,7 +156,8 @@ class Iteration:
                 )
                 return list(local(around, *arrays, **params))
 
-            made = self.writer.write(shard, [self.time(), *operands], eqn)
+            key = signature(eqn), inside.factor, inside.inner
+            made = self.writer.write(shard, [self.time(), *operands], eqn, key)
         self.made.update(zip(zip(eqn.outputs, run.forms, strict=True), made, strict=True))
 
     def operand(self, run: Run, k: int, atom: Atom) -> Atom:
