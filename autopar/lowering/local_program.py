@@ -214,7 +214,7 @@ class _Builder:
         slot = self.pieces.get((value, spec))
         if slot is None:
             eqn = self.free[value]
-            fitting = [s for s in self.rules.strategies(eqn, self.sizes) if s.outputs[0] == spec]
+            fitting = [s for s in self.rules.strategies(self.rules.rule(eqn), self.sizes) if s.outputs[0] == spec]
             strategy = fitting[0] if fitting else self.rules.strategy(eqn, self._all_axes(()))
             (slot,) = self._run(eqn, strategy)
             if slot.spec != spec:

@@ -76,6 +76,7 @@ class Graph:
 
     Attributes:
         program: the program.
+        book: where its rules are from.
         rules: the rule of every equation (one that replicates where there is none).
         unit_of: the unit of every equation, by position; None for free equations.
         units: all units in program order, inputs first, views last.
@@ -91,6 +92,7 @@ class Graph:
     """
 
     program: Program
+    book: RuleBook
     rules: tuple[ShardingRule, ...]
     unit_of: tuple[Unit | None, ...]
     units: tuple[Unit, ...]
@@ -121,24 +123,26 @@ class Graph:
         return "sum" if position is None else self.rules[position].monoid
 
 
-def build_graph(program: Program, state: tuple[tuple[int, int], ...]) -> Graph:
+def build_graph(program: Program, state: tuple[tuple[int, int], ...], book: RuleBook | None = None) -> Graph:
     """Lays regions flat and finds rules, free equations, clusters, groups and views.
 
     Args:
         program: a program.
         state: pairs (argument, result) that must share a layout.
+        book: the rules that were looked up before.
     """
-    return _Builder(flatten_regions(program)).build(state)
+    return _Builder(flatten_regions(program), book or RuleBook()).build(state)
 
 
 class _Builder:
     """The steps of ``build_graph``, which share the tables below."""
 
-    def __init__(self, flat: FlatProgram) -> None:
-        self.flat, self.program = flat, flat.program
+    def __init__(self, flat: FlatProgram, book: RuleBook) -> None:
+        self.flat, self.program, self.book = flat, flat.program, book
         program = flat.program
         self.eqns = program.equations
-        self.rules, self.unruled = _rules(program)
+        self.rules = tuple(map(book.rule, self.eqns))
+        self.unruled = tuple(eqn for eqn in self.eqns if book.find(eqn) is None)
         self.producer = {value: i for i, eqn in enumerate(self.eqns) for value in eqn.outputs}
         self.uses: dict[Value, list[Use]] = {}
         for i, eqn in enumerate(self.eqns):
@@ -148,7 +152,7 @@ class _Builder:
         self.heavy = [i for i, eqn in enumerate(self.eqns) if eqn.primitive.name in HEAVY]
         self.free = self._free()
         self.totals = self._totals()
-        self.rules = useful_linear_groups(program, self.rules, self.totals)
+        self.rules = useful_linear_groups(program, self.rules, self.totals, book)
         self.carrier = self._carriers()
         self.parent = list(range(len(self.eqns)))
 
@@ -170,6 +174,7 @@ class _Builder:
         results = [unit for unit in outputs if unit is not None and unit.kind == "output"]
         return Graph(
             program=self.program,
+            book=self.book,
             rules=self.rules,
             unit_of=tuple(unit_of),
             units=(*inputs.values(), *units, *views, *results),
@@ -392,9 +397,3 @@ def _unit(unit_of: list[Unit | None], position: int) -> Unit:
     unit = unit_of[position]
     assert unit is not None
     return unit
-
-
-def _rules(program: Program) -> tuple[tuple[ShardingRule, ...], tuple[Equation, ...]]:
-    book = RuleBook()
-    rules = tuple(book.rule(eqn) for eqn in program.equations)
-    return rules, tuple(eqn for eqn in program.equations if book.find(eqn) is None)

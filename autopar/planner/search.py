@@ -97,14 +97,15 @@ class Limits:
     on_progress: Callable[[Progress], None] | None = None
 
 
-def prepare(traced: Traced, cost: CostModel, *, strict: bool = False) -> Prepared:
-    """Builds the graph and the classes of choices of a traced step.
+def prepare(traced: Traced, cost: CostModel, *, strict: bool = False, rules: RuleBook | None = None) -> Prepared:
+    """Builds the graph and the classes of choices of a traced step; ``rules`` are those that others looked up.
 
     Raises:
         UnknownPrimitiveError: under ``strict``, a primitive has no sharding rule.
     """
     start = time.process_time()
-    graph = build_graph(traced.program, traced.state)
+    rules = rules or RuleBook()
+    graph = build_graph(traced.program, traced.state, rules)
     missing = [eqn for eqn in graph.unruled if not has_rule(eqn)]
     if strict and missing:
         raise UnknownPrimitiveError(
@@ -113,7 +114,7 @@ def prepare(traced: Traced, cost: CostModel, *, strict: bool = False) -> Prepare
             fix="declare one with autopar.sharding_rule, or plan with strict=False to replicate it",
         )
     key = fingerprint(traced.program)
-    return Prepared(traced, graph, Formulator(graph, cost), key, time.process_time() - start)
+    return Prepared(traced, graph, Formulator(graph, cost), key, time.process_time() - start, rules)
 
 
 def search(prepared: Prepared, limits: Limits, masks: Masks | None = None) -> tuple[Plan, Formulation, Choice]:

@@ -8,7 +8,7 @@ from autopar.cluster import Mesh
 from autopar.ir.program import Value
 from autopar.planner.graph import Graph, Unit, Use
 from autopar.sharding.factors import Layout, ShardingRule, letters
-from autopar.sharding.strategies import Strategy, strategies
+from autopar.sharding.strategies import Strategy
 from autopar.spec import Spec
 
 Port = tuple[Spec, ...]
@@ -45,7 +45,9 @@ class Space:
         """Every strategy of a rule (rules are shared by equations of one signature)."""
         found = self._strategies.get(id(rule))
         if found is None:
-            found = self._strategies[id(rule)] = _without_scalar_choices(rule, strategies(rule, self.sizes))
+            found = self._strategies[id(rule)] = _without_scalar_choices(
+                rule, self.graph.book.strategies(rule, self.sizes)
+            )
         return found
 
     def size(self, unit: Unit) -> int:

@@ -1,6 +1,7 @@
 """From an equation to its rule, once per distinct signature: a large step has many equations and few signatures."""
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from autopar.errors import RuleError
@@ -60,22 +61,26 @@ def has_rule(eqn: Equation) -> bool:
 
 
 class RuleBook:
-    """The rules of one program's equations and what follows from them, found once per signature."""
+    """The rules of equations and what follows from them, found once per signature; programs that are alike share it."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, ShardingRule | None] = {}
         self._replicated: dict[Hashable, ShardingRule] = {}
+        self._of: dict[Equation, ShardingRule | None] = {}
         self._rules: dict[Equation, ShardingRule] = {}
+        self._narrowed: dict[tuple[int, tuple[bool, ...]], ShardingRule] = {}
         self._monoids: dict[object, str] = {}
         self._made: dict[tuple[int, tuple[tuple[str, Split], ...]], Strategy] = {}
         self._all: dict[tuple[int, tuple[tuple[str, int], ...]], tuple[Strategy, ...]] = {}
 
     def find(self, eqn: Equation) -> ShardingRule | None:
         """The rule, or None where the equation must be replicated."""
-        key = signature(eqn)
-        if key not in self._found:
-            self._found[key] = find_rule(eqn)
-        return self._found[key]
+        if eqn not in self._of:
+            key = signature(eqn)
+            if key not in self._found:
+                self._found[key] = find_rule(eqn)
+            self._of[eqn] = self._found[key]
+        return self._of[eqn]
 
     def rule(self, eqn: Equation) -> ShardingRule:
         """The rule, that of a replicated equation where there is none; equal signatures get the same object."""
@@ -89,6 +94,14 @@ class RuleBook:
         self._rules[eqn] = rule
         return rule
 
+    def narrowed(self, rule: ShardingRule, useful: tuple[bool, ...]) -> ShardingRule:
+        """One of these rules with only the useful ones of its linear groups; equal ones are the same object."""
+        key = (id(rule), useful)
+        if key not in self._narrowed:
+            linear = tuple(group if kept else () for group, kept in zip(rule.linear, useful, strict=True))
+            self._narrowed[key] = replace(rule, linear=linear)
+        return self._narrowed[key]
+
     def strategy(self, eqn: Equation, splits: Mapping[str, Split]) -> Strategy:
         """The strategy of an equation in which each axis does what ``splits`` says, in mesh order."""
         rule = self.rule(eqn)
@@ -97,9 +110,8 @@ class RuleBook:
             self._made[key] = make_strategy(rule, dict(splits))
         return self._made[key]
 
-    def strategies(self, eqn: Equation, sizes: Sizes) -> tuple[Strategy, ...]:
-        """Every strategy of an equation on a mesh, the replicated one first."""
-        rule = self.rule(eqn)
+    def strategies(self, rule: ShardingRule, sizes: Sizes) -> tuple[Strategy, ...]:
+        """Every strategy of one of these rules on a mesh, the replicated one first."""
         key = (id(rule), tuple(sizes.items()))
         if key not in self._all:
             self._all[key] = strategies(rule, sizes)

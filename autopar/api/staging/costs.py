@@ -96,7 +96,7 @@ class Priced:
     @staticmethod
     def of(part: Part, cost: CostModel, microbatches: int, rules: RuleBook | None = None) -> "Priced":
         """Lays the stage's program out; ``rules`` are those that other parts looked up."""
-        return Priced(part, replace(prepare_stage(part.stage, cost, microbatches), rules=rules or RuleBook()))
+        return Priced(part, prepare_stage(part.stage, cost, microbatches, rules))
 
     def costs(self, cost: CostModel, prices_s_per_byte: Sequence[float]) -> tuple[LayerCost, ...]:
         """What the stage costs on a submesh, planned once for each price of memory.

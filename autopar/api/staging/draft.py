@@ -110,9 +110,9 @@ class StagePlanner:
 
     @cached_property
     def _prepared(self) -> Prepared:
-        own = prepare_stage(self.part.stage, self.cost, self.microbatches, strict=self.options.strict)
         solved, rules = self.solved
-        return replace(own, solved=solved, rules=rules)
+        own = prepare_stage(self.part.stage, self.cost, self.microbatches, rules, strict=self.options.strict)
+        return replace(own, solved=solved)
 
     @cached_property
     def _unit_s_per_byte(self) -> float:

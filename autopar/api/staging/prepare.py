@@ -9,18 +9,22 @@ from autopar.ir.stages import Stage
 from autopar.ir.trace import Traced
 from autopar.planner.intra import Formulator
 from autopar.planner.search import Prepared, prepare
+from autopar.sharding.lookup import RuleBook
 
 
-def prepare_stage(stage: Stage, cost: CostModel, microbatches: int, *, strict: bool = False) -> Prepared:
+def prepare_stage(
+    stage: Stage, cost: CostModel, microbatches: int, rules: RuleBook | None = None, *, strict: bool = False
+) -> Prepared:
     """Lays a stage out for planning: every part once, on one microbatch, priced as often as a step runs it.
 
     Args:
         stage: the stage.
         cost: prices its submesh.
         microbatches: of a step.
+        rules: those that other stages looked up.
         strict: as for ``prepare``.
     """
-    prepared = prepare(Traced(stage.program, None, None, stage.state), cost, strict=strict)
+    prepared = prepare(Traced(stage.program, None, None, stage.state), cost, strict=strict, rules=rules)
     times = _times_in_step(stage, prepared.graph.program, prepared.graph.times, microbatches)
     graph = replace(prepared.graph, times=times)
     return replace(prepared, graph=graph, formulator=Formulator(graph, cost))
