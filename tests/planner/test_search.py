@@ -21,6 +21,7 @@ from autopar.ir.trace import trace
 from autopar.planner.graph import Graph, build_graph
 from autopar.planner.presets import PRESETS
 from autopar.planner.search import Limits, prepare, search
+from autopar.sharding.lookup import RuleBook
 from autopar.sharding.rules.elementwise import LINEAR, NONLINEAR
 from autopar.solver import solve
 
@@ -110,6 +111,15 @@ def test_state_returns_in_the_layout_in_which_it_came():
     traced = trace(step, *args)
     assert all(plan.outputs[o] == specs[i] for i, o in traced.state)
     assert any(spec.axes for spec in specs)
+
+
+def test_programs_that_share_rules_are_planned_as_each_alone():
+    book = RuleBook()
+    for (step, args), mesh in itertools.product(STEPS.values(), ("data=2,tensor=2", "data=4,tensor=2")):
+        traced, cost = trace(step, *args), v5e(mesh)
+        shared, alone = (search(prepare(traced, cost, rules=rules), Limits())[0] for rules in (book, None))
+        assert (shared.values, shared.equations, shared.views) == (alone.values, alone.equations, alone.views)
+        assert shared.solution.objective_s == alone.solution.objective_s
 
 
 # -- the search against every choice there is
