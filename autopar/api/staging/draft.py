@@ -13,10 +13,14 @@ from autopar.api.staging.prepare import prepare_stage
 from autopar.api.staging.twins import Names
 from autopar.cost import CostModel
 from autopar.errors import InfeasibleError
+from autopar.lowering.routes import routes
 from autopar.plan import Plan
 from autopar.plan.figures import nbytes
-from autopar.planner.search import Prepared, Solved
+from autopar.planner.intra import Formulation
+from autopar.planner.pins import restrict
+from autopar.planner.search import Limits, Prepared, Solved, search
 from autopar.sharding.lookup import RuleBook
+from autopar.solver import Choice
 from autopar.solver.schedule import Timeline
 from autopar.solver.slicing import StageCost
 
@@ -96,11 +100,26 @@ class StagePlanner:
     def _planned(self, price_s_per_byte: float, memory_bytes: float) -> Draft:
         """The best plan; gradients are scattered in every microbatch where that is worth the memory."""
         prepared = frugal(self._prepared, self.part.stage, price_s_per_byte)
-        plan = plan_prepared(prepared, self.cost, replace(self.options, memory_gb=memory_bytes / 1e9))
-        _, formulation, choice = plan.runtime
+        plan, formulation, choice = self._found(prepared, memory_bytes)
         prices = Prices.of(prepared, (plan, formulation, choice), self.part)
+        plan = replace(
+            plan,
+            routes=routes(prices.local),
+            preset=self.options.preset,
+            pins=self.options.pins,
+            runtime=(prepared, formulation, choice),
+        )
         ways = (prices, prices.scattering()) if price_s_per_byte else (prices,)
         return min((Draft(plan, way, way.stage_cost(), price_s_per_byte) for way in ways), key=self._worth_s)
+
+    def _found(self, prepared: Prepared, memory_bytes: float) -> tuple[Plan, Formulation, Choice]:
+        """The best plan that needs no more memory; what it costs as a whole step matters only where that is little."""
+        if math.isinf(memory_bytes):
+            masks = restrict(prepared.graph, prepared.formulator, self.options.preset, self.options.pins)
+            return search(prepared, Limits(None, self.options.seconds, on_progress=self.options.on_progress), masks)
+        plan = plan_prepared(prepared, self.cost, replace(self.options, memory_gb=memory_bytes / 1e9))
+        _, formulation, choice = plan.runtime
+        return plan, formulation, choice
 
     def _worth_s(self, draft: Draft) -> float:
         """Seconds of a step, and the price of the memory that it needs."""
