@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import autopar
 from autopar.api.planning import Options, traced_in_time
 from autopar.api.staging.assemble import Pipelined
 from autopar.api.staging.draft import Draft, StagePlanner
 from autopar.cluster import Mesh
+from autopar.errors import PlanError
 from autopar.ir.arguments import adapt
 from autopar.ir.trace import Traced
 from autopar.lowering.instructions import Run
@@ -104,6 +106,12 @@ def test_a_stage_has_the_plan_of_its_twin_as_it_would_get_it_alone(frugality):
     solved = Solved(Warm()), RuleBook()
     alone = StagePlanner(planner.part, planner.cost, M, planner.options, solved).draft(frugality)
     assert shown(planner.draft(frugality)) == shown(alone)
+
+
+def test_a_plan_from_a_twin_does_not_say_why():
+    plan = pipelined(gpt(), [LARGE] * 4).planners[2].draft(0.0).plan
+    with pytest.raises(PlanError, match="shared by stages that are alike.*\n.*the first of the stages"):
+        autopar.explain(plan, next(iter(plan.values)))
 
 
 def shown(draft: Draft) -> list[Any]:

@@ -18,13 +18,13 @@ def explain(plan: Plan, name: str, **options: Any) -> Explanation:
         **options: those of ``Options`` that the plan was made with besides mesh, hardware, preset and pins.
 
     Raises:
-        PlanError: the plan comes from a file.
+        PlanError: the plan comes from a file, or from a stage that is like this one.
         PinError: no such value, or one without a layout.
     """
     if plan.runtime is None:
         raise PlanError(
-            "a plan read from a file does not know its step",
-            fix="plan again, or ask the command: autopar explain plan.json NAME",
+            "a plan read from a file, or shared by stages that are alike, does not know its step",
+            fix="plan again, ask the command (autopar explain plan.json NAME), or the first of the stages",
         )
     prepared, *_ = plan.runtime
     cost = prepared.formulator.cost

@@ -50,7 +50,8 @@ class Writer:
     ) -> list[Atom]:
         """Adds the equations of ``function(*operands)``, named after ``like``, which they stand for.
 
-        Functions of equal keys (not None) are equal: a step of many layers writes the same few a thousand times.
+        Functions of equal keys (not None) and operands are equal: a step of many layers writes the same few a thousand
+        times.
         """
         values = [atom for atom in operands if isinstance(atom, Value)]
         whole = None if key is None or len(values) < len(operands) else (key, *(value.aval for value in values))
@@ -156,7 +157,7 @@ class Iteration:
                 )
                 return list(local(around, *arrays, **params))
 
-            key = signature(eqn), inside.factor, inside.inner
+            key = "shard", signature(eqn), inside.factor, inside.inner
             made = self.writer.write(shard, [self.time(), *operands], eqn, key)
         self.made.update(zip(zip(eqn.outputs, run.forms, strict=True), made, strict=True))
 

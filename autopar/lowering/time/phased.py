@@ -113,7 +113,7 @@ class _Splitter:
             self.env[value] = total
             if total.dtype != value.dtype:
                 (self.env[value],) = self.outer.write(
-                    lambda x, dtype=value.dtype: lax.convert_element_type(x, dtype), [total], like, value.dtype
+                    lambda x, dtype=value.dtype: lax.convert_element_type(x, dtype), [total], like, ("as", value.dtype)
                 )
         for (value, cut), part in zip(loop.stacks, parts, strict=True):
             like = named(f"{value.name}/joined", value.aval, self.producer[value])
@@ -203,13 +203,15 @@ class _Body(Iteration):
         dtype = jnp.float32 if wide and monoid == "sum" else value.dtype
         start = lambda: jnp.full(value.shape, neutral(monoid, dtype), dtype)  # noqa: E731
         key = monoid, dtype, value.shape
-        self.starts += self.splitter.outer.write(start, [], named(f"{value.name}/start", value.aval, like), key)
+        self.starts += self.splitter.outer.write(
+            start, [], named(f"{value.name}/start", value.aval, like), ("start", key)
+        )
         carry = self.writer.value(f"{value.name}/so_far", self.starts[-1].aval)
         self.carries.append(carry)
         (total,) = self.writer.write(
             lambda total, term: COMBINE[monoid](total, lax.convert_element_type(term, dtype)),
             [carry, term],
             named(f"{value.name}/sum", value.aval, like),
-            key,
+            ("sum", key),
         )
         return total
