@@ -110,7 +110,7 @@ def test_a_stage_has_the_plan_of_its_twin_as_it_would_get_it_alone(frugality):
 
 def test_a_plan_from_a_twin_does_not_say_why():
     plan = pipelined(gpt(), [LARGE] * 4).planners[2].draft(0.0).plan
-    with pytest.raises(PlanError, match="shared by stages that are alike.*\n.*the first of the stages"):
+    with pytest.raises(PlanError, match=r"shared by stages that are alike.*\n.*the first of the stages"):
         autopar.explain(plan, next(iter(plan.values)))
 
 

@@ -75,7 +75,7 @@ def test_an_explanation_prints_what_each_layout_adds():
 
 def test_a_plan_from_a_file_cannot_explain_itself():
     plan = autopar.plan(step, PARAMS, BATCH, mesh="x=2,y=2", hardware="v5e")
-    with pytest.raises(PlanError, match="a plan read from a file.* does not know its step"):
+    with pytest.raises(PlanError, match=r"a plan read from a file.* does not know its step"):
         autopar.explain(autopar.Plan.from_json(plan.to_json()), "up")
 
 
