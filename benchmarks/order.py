@@ -1,9 +1,9 @@
 """Pipelines of one model in the order that the simulator says, and in the order of their measured steps.
 
-    python -m benchmarks.order [--rounds 7] [--layers 6] [--width 256]
+    python -m benchmarks.order [--rounds 7] [--layers 6] [--width 256] [--devices 4]
 
-Two processes with a core and a device each. The CPU devices of one process share its threads: a stage that waits would
-lend its core to the other, and a bubble would cost nothing. One line a plan: predicted and measured milliseconds of a
+Two processes with a core each, which the CPU devices of a process share: stages in one process would lend each other
+their core while they wait, and a bubble would cost nothing. One line a plan: predicted and measured milliseconds of a
 step (medians of interleaved rounds), and at the end Spearman's rank correlation.
 """
 
@@ -29,12 +29,12 @@ from autopar.cost.calibrate import Sizes, calibrate
 from autopar.lowering.pipeline.send import send
 from models import gpt
 
-ONE_THREAD = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "NPROC": "1"}
+ONE_THREAD = {"JAX_PLATFORMS": "cpu", "NPROC": "1"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A pipeline on two devices; ``stage_of_layer`` is empty for stages of equal work."""
+    """A pipeline on two submeshes; ``stage_of_layer`` is empty for stages of equal work."""
 
     schedule: str
     microbatches: int
@@ -69,7 +69,8 @@ def planned(row: Row, step: Any, arguments: tuple[Any, ...], cluster: Cluster) -
         schedule=row.schedule,
         microbatches=row.microbatches,
         stage_of_layer=row.stage_of_layer,
-        cost=RooflineCost(cluster, Mesh.parse("data=1")),
+        mesh=f"data={cluster.domain_devices}",
+        cost=RooflineCost(cluster, Mesh.parse(f"data={cluster.domain_devices}")),
         donate=False,
     )
     return run, run.plan(*arguments).step_s
@@ -77,7 +78,8 @@ def planned(row: Row, step: Any, arguments: tuple[Any, ...], cluster: Cluster) -
 
 def link_between_processes() -> Link:
     """What it takes to send arrays to the other process and back, as the runtime does it."""
-    here, there = (NamedSharding(jax.make_mesh((1,), ("d",), devices=[d]), PartitionSpec()) for d in jax.devices())
+    each = [next(d for d in jax.devices() if d.process_index == process) for process in range(2)]
+    here, there = (NamedSharding(jax.make_mesh((1,), ("d",), devices=[d]), PartitionSpec()) for d in each)
     sizes, found = (2**12, 2**17, 2**20), []
     for nbytes in sizes:
         array, times = send(np.zeros(nbytes // 4, np.float32), here), []
@@ -105,9 +107,10 @@ def measure(wanted: argparse.Namespace) -> None:
     jax.distributed.initialize(wanted.address, 2, wanted.process)
     sizes = Sizes((256, 512), ("float32",), (2**14, 2**18, 2**21))
     cluster, _ = calibrate(jax.local_devices(), sizes)
-    link = link_between_processes()
-    cluster = replace(cluster, link=link, network=link)
-    step, state, batch = gpt.make(layers=wanted.layers, width=wanted.width, batch=16, seq=128, vocab=512)
+    cluster = replace(cluster, network=link_between_processes(), domain_devices=wanted.devices)
+    step, state, batch = gpt.make(
+        layers=wanted.layers, width=wanted.width, batch=wanted.batch, seq=wanted.seq, vocab=512
+    )
     plans = {row: planned(row, step, (state, batch), cluster) for row in rows(wanted.layers)}
     placed = {row: timed(run, state, batch)[0] for row, (run, _) in plans.items()}
     times: dict[Row, list[float]] = {row: [] for row in plans}
@@ -126,8 +129,8 @@ def measure(wanted: argparse.Namespace) -> None:
     print(f"Spearman over {len(plans)} plans: {np.corrcoef(predicted_ranks, measured_ranks)[0, 1]:.3f}")
 
 
-def start() -> None:
-    """Runs this program in two processes, each on a core of its own."""
+def start(devices: int) -> None:
+    """Runs this program in two processes, each on a core of its own that all its devices share."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         sys.exit("order: two processes need two cores")
@@ -135,10 +138,10 @@ def start() -> None:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     again = [sys.executable, "-m", "benchmarks.order", *sys.argv[1:], "--address", address]
-    processes = []
+    forced, processes = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}, []
     for process, core in enumerate(cores):
         os.sched_setaffinity(0, {core})  # a child inherits it
-        processes.append(subprocess.Popen([*again, "--process", str(process)], env=os.environ | ONE_THREAD))
+        processes.append(subprocess.Popen([*again, "--process", str(process)], env=os.environ | ONE_THREAD | forced))
     sys.exit(max(process.wait() for process in processes))
 
 
@@ -148,10 +151,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--devices", type=int, default=4, help="of each process")
     parser.add_argument("--address", help=argparse.SUPPRESS)
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     wanted = parser.parse_args()
-    start() if wanted.address is None else measure(wanted)
+    start(wanted.devices) if wanted.address is None else measure(wanted)
 
 
 if __name__ == "__main__":
