@@ -63,14 +63,15 @@ def ranks(values: list[float]) -> np.ndarray:
 
 def planned(row: Row, step: Any, arguments: tuple[Any, ...], cluster: Cluster) -> tuple[Any, float]:
     """The pipeline, and the seconds that its plan predicts."""
+    mesh = Mesh.parse(f"data={cluster.domain_devices}")
     run = autopar.pipeline(
         step,
         submeshes=2,
         schedule=row.schedule,
         microbatches=row.microbatches,
         stage_of_layer=row.stage_of_layer,
-        mesh=f"data={cluster.domain_devices}",
-        cost=RooflineCost(cluster, Mesh.parse(f"data={cluster.domain_devices}")),
+        mesh=mesh,
+        cost=RooflineCost(cluster, mesh),
         donate=False,
     )
     return run, run.plan(*arguments).step_s

@@ -198,14 +198,16 @@ def _lowered(
 ) -> Plan:
     """The plan with what its local program costs."""
     local = build_local_program(prepared.traced.program, found, cost, prepared.rules)
-    return replace(
-        found,
-        prediction=prediction(local, equation_seconds(formulation, choice), cost, prepared.traced.state),
-        routes=routes(local),
-        preset=options.preset,
-        pins=options.pins,
-        runtime=(prepared, formulation, choice),
-    )
+    noted = as_lowered(found, local, options, (prepared, formulation, choice))
+    seconds = equation_seconds(formulation, choice)
+    return replace(noted, prediction=prediction(local, seconds, cost, prepared.traced.state))
+
+
+def as_lowered(
+    found: Plan, local: LocalProgram, options: Options, runtime: tuple[Prepared, Formulation, Choice]
+) -> Plan:
+    """A plan as a search found it with what its local program and its options add: how to run it, not what it costs."""
+    return replace(found, routes=routes(local), preset=options.preset, pins=options.pins, runtime=runtime)
 
 
 def equation_seconds(formulation: Formulation, choice: Choice) -> dict[str, float]:

@@ -96,10 +96,10 @@ class Pipelined:
             own = replace(options, pins=_pins_of(stages.stages, index, options.pins))
             part, mesh = Part(stages, index), layout.meshes[device]
             cost, alike = prices_on(options, mesh), None if own.pins else likeness(part, shown)
-            twin = None if alike is None else first.get((alike, mesh))
-            planner = StagePlanner(part, cost, layout.schedule.n_microbatches, own, solved, twin)
-            first.setdefault((alike, mesh), planner)
-            planners.append(planner)
+            twin = first.get((alike, mesh))
+            planners.append(StagePlanner(part, cost, layout.schedule.n_microbatches, own, solved, twin))
+            if alike is not None:
+                first.setdefault((alike, mesh), planners[-1])
         return Pipelined(stages, layout, options, tuple(planners))
 
     @functools.cached_property

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from autopar.api.planning import equation_seconds
 from autopar.api.staging.kinds import Part
@@ -151,16 +152,19 @@ class Prices:
     Attributes:
         part: the stage and the cut that it is from.
         local: its local program.
-        parts: its pieces.
         cost: prices its submesh.
         once_s: seconds of each equation, each time that it runs, by name.
     """
 
     part: Part
     local: LocalProgram
-    parts: StageParts
     cost: CostModel
     once_s: Mapping[str, float]
+
+    @cached_property
+    def parts(self) -> StageParts:
+        """Its pieces."""
+        return cut_parts(self.local, self.part.stage, self.part.stages.varying)
 
     @staticmethod
     def of(prepared: Prepared, found: tuple[Plan, Formulation, Choice], part: Part) -> "Prices":
@@ -171,19 +175,17 @@ class Prices:
         times = {eqn.name: n for eqn, n in zip(graph.program.equations, graph.times, strict=True)}
         seconds = equation_seconds(formulation, choice)
         once_s = {name: each / times[name] for name, each in seconds.items()}
-        varying = part.stages.varying
-        return Prices(part, local, cut_parts(local, part.stage, varying), cost, once_s)
+        return Prices(part, local, cost, once_s)
 
     def of_twin(self, names: Names, plan: Plan, part: Part, rules: RuleBook) -> "Prices":
         """The same for a stage that is alike: its plan, and what it calls the equations of this one."""
         local = build_local_program(part.stage.program, plan, self.cost, rules)
         once_s = {names.equations[name]: seconds for name, seconds in self.once_s.items()}
-        return Prices(part, local, cut_parts(local, part.stage, part.stages.varying), self.cost, once_s)
+        return Prices(part, local, self.cost, once_s)
 
     def scattering(self) -> "Prices":
         """The same stage, whose gradients are scattered in every microbatch."""
-        part = self.part.scattering()
-        return replace(self, part=part, parts=cut_parts(self.local, part.stage, part.stages.varying))
+        return replace(self, part=self.part.scattering())
 
     def prediction(self, microbatches: int, peak_bytes: float) -> Prediction:
         """What a step of so many microbatches costs one device of the stage, bubbles aside.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from autopar.api.planning import Options, plan_prepared
+from autopar.api.planning import Options, as_lowered, plan_prepared
 from autopar.api.staging.costs import Prices, frugal, unit_price_s_per_byte
 from autopar.api.staging.kinds import Part
 from autopar.api.staging.links import ONE_DEVICE, prices_on
@@ -13,7 +13,6 @@ from autopar.api.staging.prepare import prepare_stage
 from autopar.api.staging.twins import Names
 from autopar.cost import CostModel
 from autopar.errors import InfeasibleError
-from autopar.lowering.routes import routes
 from autopar.plan import Plan
 from autopar.plan.figures import nbytes
 from autopar.planner.intra import Formulation
@@ -102,13 +101,7 @@ class StagePlanner:
         prepared = frugal(self._prepared, self.part.stage, price_s_per_byte)
         plan, formulation, choice = self._found(prepared, memory_bytes)
         prices = Prices.of(prepared, (plan, formulation, choice), self.part)
-        plan = replace(
-            plan,
-            routes=routes(prices.local),
-            preset=self.options.preset,
-            pins=self.options.pins,
-            runtime=(prepared, formulation, choice),
-        )
+        plan = as_lowered(plan, prices.local, self.options, (prepared, formulation, choice))
         ways = (prices, prices.scattering()) if price_s_per_byte else (prices,)
         return min((Draft(plan, way, way.stage_cost(), price_s_per_byte) for way in ways), key=self._worth_s)
 

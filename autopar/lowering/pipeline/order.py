@@ -1,7 +1,7 @@
 """In which order a pipeline dispatches its pieces: one line, the same in every process."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from autopar.ir.stages import Part, Tag
 from autopar.lowering.pipeline.compile import StageRunner
@@ -48,7 +48,7 @@ def order_calls(runners: Sequence[StageRunner], schedule: Schedule) -> Calls:
             tasks.append(Shift(task.stage, task.microbatch, keeper))
             continue
         tags = [Tag(PARTS[task.kind])]
-        if task.kind is Kind.BACKWARD and (task.stage, task.microbatch) not in schedule.split:
+        if task.kind is Kind.BACKWARD and not schedule.is_split(task):
             tags.append(Tag(Part.WEIGHTS))
         present = [tag for tag in tags if tag in runners[task.stage].pieces]
         calls = [Call(task.stage, tag, task.microbatch, replica) for tag in present]
@@ -128,7 +128,7 @@ class _Line:
             self.free_s[end] = self._free_s(*ends) + _passes(task, self.schedule)
         self.known.add((task, device))
         if task.kind not in MOVES:
-            receiver = _reader(task, self.schedule)
+            receiver = self.schedule.reader_of(task)
             self.unsent.append((task, device, device if receiver is None else receiver))
         return Dispatch(task, False)
 
@@ -137,10 +137,4 @@ def _passes(task: Task, schedule: Schedule) -> int:
     """How many passes of a microbatch a task runs: a backward task that is not split runs two."""
     if task.kind in MOVES:
         return 0
-    return 1 + (task.kind is Kind.BACKWARD and (task.stage, task.microbatch) not in schedule.split)
-
-
-def _reader(task: Task, schedule: Schedule) -> int | None:
-    """The device that reads what a task makes next."""
-    stage = {Kind.FORWARD: task.stage + 1, Kind.BACKWARD: task.stage - 1}.get(task.kind, -1)
-    return schedule.device_of(replace(task, stage=stage)) if 0 <= stage < schedule.n_stages else None
+    return 1 + (task.kind is Kind.BACKWARD and not schedule.is_split(task))

@@ -128,6 +128,15 @@ class Schedule:
         """The device that runs the task."""
         return self.placements[self.replica_of[task.microbatch]][task.stage]
 
+    def is_split(self, task: Task) -> bool:
+        """Whether the backward pass of its stage and microbatch has a weight part of its own."""
+        return (task.stage, task.microbatch) in self.split
+
+    def reader_of(self, task: Task) -> int | None:
+        """The device that reads first what a pass makes; None for what stays with its stage."""
+        stage = {FORWARD: task.stage + 1, BACKWARD: task.stage - 1}.get(task.kind, -1)
+        return self.placements[self.replica_of[task.microbatch]][stage] if 0 <= stage < self.n_stages else None
+
     def stages_of(self, device: int) -> tuple[int, ...]:
         """The virtual stages whose weights the device holds, once per replica."""
         return tuple(stage for row in self.placements for stage, where in enumerate(row) if where == device)

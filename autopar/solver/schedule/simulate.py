@@ -229,15 +229,13 @@ class _Run:
         if task.kind is WEIGHT:
             self._change(device, now_s, -1, -kept)
         elif task.kind is BACKWARD:
-            is_split = (task.stage, task.microbatch) in self.schedule.split
+            is_split = self.schedule.is_split(task)
             self._change(device, now_s, 0 if is_split else -1, kept - activation if is_split else -activation)
-        reader = {FORWARD: task.stage + 1, BACKWARD: task.stage - 1}.get(task.kind, -1)
-        if 0 <= reader < self.schedule.n_stages:
-            receiver = self.schedule.device_of(replace(task, stage=reader))
-            if receiver != device:
-                end_s = self._transfer(task, device, receiver, now_s)
-                self._push(end_s, "arrived", task, receiver)
-                self._hold(task, device, end_s)
+        receiver = self.schedule.reader_of(task)
+        if receiver is not None and receiver != device:
+            end_s = self._transfer(task, device, receiver, now_s)
+            self._push(end_s, "arrived", task, receiver)
+            self._hold(task, device, end_s)
 
     def _move(self, task: Task, device: int, now_s: float) -> None:
         partner = self.schedule.partners[device]
@@ -268,7 +266,7 @@ class _Run:
     def _duration_s(self, task: Task) -> float:
         forward_s, backward_s = self.costs.forward_s[task.stage], self.costs.backward_s[task.stage]
         weight_s = self.costs.weight_s[task.stage]
-        if task.kind is BACKWARD and (task.stage, task.microbatch) not in self.schedule.split:
+        if task.kind is BACKWARD and not self.schedule.is_split(task):
             return backward_s + weight_s
         return {FORWARD: forward_s, BACKWARD: backward_s, WEIGHT: weight_s}[task.kind]
 

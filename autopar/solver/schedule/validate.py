@@ -53,7 +53,7 @@ def _peak(schedule: Schedule, device: int, takes: tuple[Kind, ...], evicted: int
 
 def _last_kind(schedule: Schedule, task: Task) -> Kind:
     """The task after which the activation is not needed any more."""
-    return Kind.WEIGHT if (task.stage, task.microbatch) in schedule.split else Kind.BACKWARD
+    return Kind.WEIGHT if schedule.is_split(task) else Kind.BACKWARD
 
 
 def _check_tasks(schedule: Schedule) -> None:
