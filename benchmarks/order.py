@@ -30,6 +30,13 @@ from autopar.lowering.pipeline.send import send
 from models import gpt
 
 ONE_THREAD = {"JAX_PLATFORMS": "cpu", "NPROC": "1"}
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**35),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+"""glibc keeps what is freed, as allocators of accelerators do; else the kernel zeroes new pages for large buffers."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,10 @@ class Row:
 
 def rows(n_layers: int) -> list[Row]:
     """Plans that differ in bubbles and balance."""
-    even = [Row(schedule, m) for schedule in ("gpipe", "1f1b") for m in (1, 2, 4, 8)]
-    even += [Row("zb_h1", 2), Row("zb_h1", 4), Row("interleaved", 4)]
-    uneven = [Row("1f1b", m, (0,) * k + (1,) * (n_layers - k)) for m in (2, 8) for k in (1, 2, n_layers - 1)]
-    return even + uneven
+    even = [Row("1f1b", m) for m in (1, 2, 4, 8)] + [Row("gpipe", m) for m in (2, 4, 8)]
+    even += [Row("zb_h1", m) for m in (2, 4, 8)] + [Row("interleaved", m) for m in (2, 4)]
+    cuts = [(0,) * k + (1,) * (n_layers - k) for k in sorted({1, n_layers // 2 - 1, n_layers // 2 + 1, n_layers - 1})]
+    return even + [Row("1f1b", m, cut) for m in (2, 8) for cut in cuts if len(set(cut)) == 2]
 
 
 def ranks(values: list[float]) -> np.ndarray:
@@ -106,7 +113,7 @@ def measure(wanted: argparse.Namespace) -> None:
     """What each of the processes does; the first one prints."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(wanted.address, 2, wanted.process)
-    sizes = Sizes((256, 512), ("float32",), (2**14, 2**18, 2**21))
+    sizes = Sizes((256, 512, 1024), ("float32",), (2**14, 2**18, 2**21))
     cluster, _ = calibrate(jax.local_devices(), sizes)
     cluster = replace(cluster, network=link_between_processes(), domain_devices=wanted.devices)
     step, state, batch = gpt.make(
@@ -139,10 +146,11 @@ def start(devices: int) -> None:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     again = [sys.executable, "-m", "benchmarks.order", *sys.argv[1:], "--address", address]
-    forced, processes = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}, []
+    forced = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    settings, processes = os.environ | ONE_THREAD | KEEP_MEMORY | forced, []
     for process, core in enumerate(cores):
         os.sched_setaffinity(0, {core})  # a child inherits it
-        processes.append(subprocess.Popen([*again, "--process", str(process)], env=os.environ | ONE_THREAD | forced))
+        processes.append(subprocess.Popen([*again, "--process", str(process)], env=settings))
     sys.exit(max(process.wait() for process in processes))
 
 
@@ -150,10 +158,10 @@ def main() -> None:
     """Starts two processes, or is one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--devices", type=int, default=4, help="of each process")
     parser.add_argument("--address", help=argparse.SUPPRESS)
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+import autopar
 from autopar.api.planning import traced_in_time
 from autopar.api.staging.costs import Priced
 from autopar.api.staging.kinds import Part, layer_kinds, tied_arguments
+from autopar.api.staging.links import apart
 from autopar.api.staging.search import (
     Layered,
     Search,
@@ -17,6 +19,7 @@ from autopar.api.staging.search import (
     search_traced,
     submeshes,
 )
+from autopar.api.staging.stored import timeline_of
 from autopar.api.staging.tables import AGAIN, KEEP, LayerTables
 from autopar.cluster import Mesh
 from autopar.cost import RooflineCost, hardware
@@ -121,6 +124,17 @@ def test_a_stage_planned_whole_to_compute_again_takes_no_more_than_its_layers_sa
         assert getattr(whole, name) <= 1.001 * getattr(again, name) <= much * getattr(whole, name)
     passes = [c.forward_s + c.backward_s + c.weight_s for c in (kept, whole, again)]
     assert passes[0] < passes[1] <= passes[2] <= 1.05 * passes[1]
+
+
+def test_gradients_are_added_up_at_the_price_of_reading_terms_and_sums_and_writing_sums():
+    found = layered("gpt")
+    stages = cut(found.step, found.layers, [0, 0, 1, 1], split_weights=True)
+    mesh = Mesh.parse("data=1,tensor=1")
+    cost, part = RooflineCost(hardware("v100"), mesh), Part(stages, 0)
+    (alone,), (adding,) = (Priced.of(part, cost, count).costs(cost, [0.0]) for count in (1, M))
+    added_s = adding.backward_s + adding.weight_s - alone.backward_s - alone.weight_s
+    assert added_s == pytest.approx(cost.memory_s(3 * sum(value.nbytes for value in part.stage.summed)))
+    assert adding.forward_s == alone.forward_s
 
 
 def test_layers_that_compute_again_by_themselves_gain_nothing_from_a_stage_that_does():
@@ -232,6 +246,41 @@ def test_submeshes_are_powers_of_two_in_a_host_and_whole_hosts():
         "1x1 data=1,tensor=1", "1x2 data=2,tensor=1", "1x4 data=2,tensor=2", "1x8 data=2,tensor=4",
         "2x8 data=4,tensor=4", "2x8 data=2,tensor=8", "3x8 data=6,tensor=4", "3x8 data=3,tensor=8",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices_per_host", "pairs"),
+    [
+        ((4, 4), 8, ()),
+        ((4, 4), 0, ()),
+        ((4, 4), 4, ((0, 1),)),
+        ((2, 2, 2, 2), 4, ((0, 2), (0, 3), (1, 2), (1, 3))),
+        ((2, 4, 2), 4, ((0, 1), (0, 2), (1, 2))),
+        ((8, 8), 4, ((0, 1),)),
+    ],
+)
+def test_submeshes_are_apart_unless_one_process_drives_both(sizes, devices_per_host, pairs):
+    meshes = [Mesh((("data", size),)) for size in sizes]
+    assert apart(meshes, devices_per_host) == {ends for pair in pairs for ends in (pair, pair[::-1])}
+
+
+def test_stages_in_processes_of_their_own_wait_for_each_other():
+    step, *args = make("gpt", **MODELS["gpt"])
+    cluster, mesh = hardware("v100"), Mesh.parse("data=1")
+    alone, together = (
+        autopar.pipeline(
+            step,
+            submeshes=2,
+            schedule="zb_h1",
+            mesh=mesh,
+            cost=RooflineCost(replace(cluster, devices_per_host=devices), mesh),
+        ).plan(*args)
+        for devices in (1, 2)
+    )
+    assert alone.step_s > together.step_s and alone.devices_per_host == 1
+    for plan in (alone, together):
+        once_s = max(stage.prediction.once_s for stage in plan.stages)
+        assert timeline_of(plan).makespan_s <= plan.step_s <= timeline_of(plan).makespan_s + once_s
 
 
 def test_a_slicing_says_how_to_run_it_and_what_came_close():

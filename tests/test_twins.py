@@ -120,4 +120,4 @@ def shown(draft: Draft) -> list[Any]:
     code = [instruction for piece in draft.prices.parts.pieces for instruction in piece.local.instructions]
     equations = [instruction.equation for instruction in code if isinstance(instruction, Run)]
     scatters = draft.prices.part.stage.scatters
-    return [plan, draft.cost, draft.price_s_per_byte, scatters, equations, draft.prices.prediction(M, 0.0)]
+    return [plan, draft.cost, draft.price_s_per_byte, scatters, equations, draft.prices.prediction(0.0)]

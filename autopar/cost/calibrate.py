@@ -62,7 +62,8 @@ def calibrate(
         if progress:
             progress(f"{kind} {dtype} {amount:.3g}", number, len(jobs))
         samples.append(Sample(kind, dtype, amount, measure()))
-    return fit(samples, mesh.devices.flat[0], mesh.size), tuple(samples)
+    processes = [device.process_index for device in mesh.devices.flat]
+    return fit(samples, mesh.devices.flat[0], mesh.size, processes.count(processes[0])), tuple(samples)
 
 
 def write_calibration(path: str | Path, cluster: Cluster, samples: Sequence[Sample]) -> None:
@@ -117,7 +118,7 @@ def _buffer(kind: str, shape: tuple[int, ...], size: int) -> int:
     return shape[0] * shape[1] * (size if kind == "all_gather" else 1)
 
 
-def fit(samples: Sequence[Sample], device: Any, n_devices: int) -> Cluster:
+def fit(samples: Sequence[Sample], device: Any, n_devices: int, devices_per_host: int) -> Cluster:
     """The profile that explains ``samples`` best, in relative error.
 
     A matrix product and a copy take a constant plus a time proportional to their flops or bytes; the best
@@ -143,7 +144,7 @@ def fit(samples: Sequence[Sample], device: Any, n_devices: int) -> Cluster:
         ),
         topology="switch",
         domain_devices=n_devices,
-        devices_per_host=n_devices // jax.process_count() or 1,
+        devices_per_host=devices_per_host,
         link=link,
         network=link,
     )

@@ -97,6 +97,7 @@ class PipelinePlan:
         stages: in the order of the model.
         step_s: the predicted step.
         preset, pins: the restrictions that stages were planned under.
+        devices_per_host: how many devices a process was taken to drive; 0 if one drives all.
         runner_ups: the next best that a search found; empty where nothing was searched.
         seconds: CPU seconds of planning, by part.
         provenance: the command line's target and settings.
@@ -113,6 +114,7 @@ class PipelinePlan:
     step_s: float
     preset: str = ""
     pins: tuple[tuple[str, str], ...] = ()
+    devices_per_host: int = 0
     runner_ups: tuple[RunnerUp, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)

@@ -35,26 +35,26 @@ def synthetic(link: Link, n_devices: int, overhead_s: float = 1e-5) -> list[Samp
     "link", [Link(1e9, 1e-5), Link(5e10, 1e-6, (("all_to_all", 1.0, 4.0), ("all_reduce", 0.5, 1.3))), Link(1e9, 0.0)]
 )
 def test_the_fit_recovers_alpha_beta_and_rates(link, n_devices):
-    found = fit(synthetic(link, n_devices), FAKE, n_devices)
+    found = fit(synthetic(link, n_devices), FAKE, n_devices, 4)
     for kind in COLLECTIVES:
         assert found.link.of(kind).bandwidth_Bps == pytest.approx(link.of(kind).bandwidth_Bps, rel=1e-6)
         assert found.link.of(kind).alpha_s == pytest.approx(link.of(kind).alpha_s, abs=1e-12)
     device = found.device
     assert device.peak("float32") * device.flops_efficiency == pytest.approx(1e12, rel=1e-3)
     assert device.memory_Bps * device.memory_efficiency == pytest.approx(1e11, rel=1e-2)
-    assert device.memory_bytes == 16e9 and found.domain_devices == n_devices
+    assert device.memory_bytes == 16e9 and found.domain_devices == n_devices and found.devices_per_host == 4
 
 
 def test_noise_never_fits_a_negative_latency_or_bandwidth():
     samples = synthetic(Link(1e9, 0.0), 8)
     noisy = [Sample(s.kind, s.dtype, s.amount, s.seconds * (0.5 if s.amount < 1e5 else 1.5)) for s in samples]
-    found = fit(noisy, FAKE, 8)
+    found = fit(noisy, FAKE, 8, 8)
     assert found.link.alpha_s >= 0 and found.link.bandwidth_Bps > 0
     assert 0 < found.device.flops_efficiency <= 1 and 0 < found.device.memory_efficiency <= 1
 
 
 def test_one_device_is_its_own_link():
-    found = fit(synthetic(Link(1.0, 1.0), 1), FAKE, 1)
+    found = fit(synthetic(Link(1.0, 1.0), 1), FAKE, 1, 1)
     assert found.link == Link(found.device.memory_Bps, 0.0)
 
 

@@ -16,10 +16,9 @@ from autopar.ir.stages import Part, Stages, Tag, cut
 from autopar.ir.step import LoopError, around_loop
 from autopar.ir.trace import Traced, trace
 from autopar.lowering.pipeline.cut import microbatched
-from autopar.lowering.pipeline.order import dispatch_order
 from autopar.lowering.time.phased import COMBINE
 from autopar.plan import Splitting
-from autopar.solver.schedule import Kind, Schedule, make_schedule
+from autopar.solver.schedule import Kind, Schedule, dispatch_order, make_schedule
 
 WIDTH, BATCH = 8, 8
 O0 = {"xla_backend_optimization_level": 0}

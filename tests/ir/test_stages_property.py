@@ -14,9 +14,9 @@ from autopar.ir.program import Value
 from autopar.ir.stages import Part, Stages, Tag, cut
 from autopar.ir.trace import trace
 from autopar.lowering.pipeline.cut import microbatched
-from autopar.lowering.pipeline.order import PARTS, dispatch_order
+from autopar.lowering.pipeline.order import PARTS
 from autopar.plan import Splitting
-from autopar.solver.schedule import Schedule, make_schedule
+from autopar.solver.schedule import Schedule, dispatch_order, make_schedule
 
 WIDTH, BATCH, WEIGHTS = 8, 8, 4
 Node = tuple[str, int, int]

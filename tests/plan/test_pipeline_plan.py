@@ -41,6 +41,7 @@ PIPELINE = PipelinePlan(
         PlannedStage(0, PLAN, 0.0, False, PREDICTION, rematerialised=True),
         PlannedStage(1, replace(PLAN, mesh=MESHES[1]), 2e-9, True, replace(PREDICTION, in_flight=1, transfer_s=0.0)),
     ),
+    devices_per_host=4,
     step_s=20e-3,
     pins=(("params/<w>", ",tensor"),),
     runner_ups=(RunnerUp(25e-3, 0.25, ("schedule gpipe for 1f1b", "stages 3 for 2")),),

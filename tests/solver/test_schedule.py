@@ -7,8 +7,9 @@ import xml.dom.minidom
 from fractions import Fraction
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipelines import chunks, pipelines, priced_pipelines
 
 from autopar.errors import AutoparError
 from autopar.solver.schedule import (
@@ -43,11 +44,6 @@ PAPERS = {
     "bpipe": (lambda p, m, v: Fraction(p - 1, m + p - 1), lambda p, m, v: math.ceil((p + 2) / 2)),
 }
 SIZES = [(2, 4), (3, 6), (4, 8), (4, 12), (6, 24), (8, 16)]
-
-
-def chunks(name: str) -> tuple[int, ...]:
-    traits = family(name).traits
-    return (2, 4) if traits.any_chunks else (traits.chunks,)
 
 
 def every_chunking(name: str, p: int, m: int) -> list[tuple[int, Schedule]]:
@@ -85,30 +81,6 @@ def slow_ends(schedule: Schedule, costs: TaskCosts) -> dict[Task, float]:
             if not math.isclose(end, ends[task], abs_tol=1e-12):
                 ends[task], changed = end, True
     return ends
-
-
-@st.composite
-def pipelines(draw) -> Schedule:
-    name = draw(st.sampled_from(sorted(SCHEDULES)))
-    p, m = draw(st.integers(1, 6)), draw(st.integers(1, 12))
-    v = draw(st.sampled_from(chunks(name)))
-    if name in ("interleaved", "wave", "chimera"):
-        m = p * draw(st.integers(1, 3))
-    if name == "dualpipe_v":
-        m += 2 * p
-    assume(not family(name).complaint(family(name).pipeline(p, m, v)))
-    return make_schedule(name, p, m, v)
-
-
-@st.composite
-def priced_pipelines(draw) -> tuple[Schedule, TaskCosts]:
-    schedule = draw(pipelines())
-    n = schedule.n_stages
-    numbers = st.integers(0, 8).map(lambda k: k / 4)
-    rows = st.lists(numbers, min_size=n, max_size=n).map(tuple)
-    times = (draw(st.lists(numbers.map(lambda x: x + 0.25), min_size=n, max_size=n).map(tuple)) for _ in range(3))
-    moves = {"transfer_s": draw(rows)[1:], "move_s": draw(rows)}
-    return schedule, TaskCosts(*times, **moves, activation_bytes=draw(rows), kept_bytes=draw(rows))
 
 
 def test_every_schedule_has_a_row_of_its_paper():

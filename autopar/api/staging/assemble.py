@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from autopar.api.planning import Options
 from autopar.api.staging.draft import Draft, Fitting, StagePlanner, peak_bytes
 from autopar.api.staging.kinds import Part
-from autopar.api.staging.links import Traffic, cluster_of, prices_on
+from autopar.api.staging.links import Traffic, apart, cluster_of, prices_on
 from autopar.api.staging.twins import likeness
 from autopar.ir.fingerprint import fingerprint
 from autopar.ir.stages import Stage, Stages
@@ -119,7 +119,12 @@ class Pipelined:
             kept_bytes=tuple(cost.left_bytes_per_microbatch for cost in costs),
             state_bytes=tuple(cost.state_bytes for cost in costs),
         )
-        return simulate(self.layout.schedule, task_costs)
+        return simulate(self.layout.schedule, task_costs, apart=apart(self.layout.meshes, self._devices_per_host))
+
+    @functools.cached_property
+    def _devices_per_host(self) -> int:
+        cluster = cluster_of(self.planners[0].cost)
+        return cluster.devices_per_host if cluster else 0
 
     @functools.cached_property
     def _transfers_s(self) -> tuple[float, ...]:
@@ -139,6 +144,7 @@ class Pipelined:
             splitting=replace(layout.splitting, microbatches=layout.schedule.n_microbatches),
             stage_of_layer=tuple(layout.stage_of_layer) or tuple(range(len(drafts))),
             meshes=layout.meshes,
+            devices_per_host=self._devices_per_host,
             stages=stages,
             step_s=max(
                 events[-1].end_s + sum(once_s[stage] for stage in layout.schedule.stages_of(device))
@@ -151,7 +157,7 @@ class Pipelined:
         return Planned(plan, own, tuple(draft.prices.local for draft in drafts))
 
     def _stage(self, index: int, draft: Draft, prediction: StagePrediction) -> PlannedStage:
-        own = draft.prices.prediction(self.layout.schedule.n_microbatches, prediction.peak_bytes)
+        own = draft.prices.prediction(prediction.peak_bytes)
         device = self.layout.schedule.placements[0][index]
         stage, plan = draft.prices.part.stage, replace(draft.plan, prediction=own)
         again = stage.rematerialised

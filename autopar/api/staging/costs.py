@@ -89,15 +89,17 @@ class Priced:
     Attributes:
         part: the stage and the cut that it is from.
         prepared: its graph, with how often a step of so many microbatches runs each equation.
+        microbatches: of a step.
     """
 
     part: Part
     prepared: Prepared
+    microbatches: int
 
     @staticmethod
     def of(part: Part, cost: CostModel, microbatches: int, rules: RuleBook | None = None) -> "Priced":
         """Lays the stage's program out; ``rules`` are those that other parts looked up."""
-        return Priced(part, prepare_stage(part.stage, cost, microbatches, rules))
+        return Priced(part, prepare_stage(part.stage, cost, microbatches, rules), microbatches)
 
     def costs(self, cost: CostModel, prices_s_per_byte: Sequence[float]) -> tuple[LayerCost, ...]:
         """What the stage costs on a submesh, planned once for each price of memory.
@@ -111,7 +113,8 @@ class Priced:
         for price_s_per_byte in prices_s_per_byte:
             priced = Frugal(formulator, turns, price_s_per_byte, known)
             own = replace(self.prepared, formulator=priced, solved=solved)  # type: ignore[arg-type]
-            found.append(Prices.of(own, search(own, Limits(relative_gap=GAP)), self.part).layer_cost())
+            planned = search(own, Limits(relative_gap=GAP))
+            found.append(Prices.of(own, planned, self.part, self.microbatches).layer_cost())
         return tuple(found)
 
 
@@ -154,12 +157,14 @@ class Prices:
         local: its local program.
         cost: prices its submesh.
         once_s: seconds of each equation, each time that it runs, by name.
+        microbatches: of a step; where there are several, each adds its gradients to those of the ones before.
     """
 
     part: Part
     local: LocalProgram
     cost: CostModel
     once_s: Mapping[str, float]
+    microbatches: int
 
     @cached_property
     def parts(self) -> StageParts:
@@ -167,7 +172,7 @@ class Prices:
         return cut_parts(self.local, self.part.stage, self.part.stages.varying)
 
     @staticmethod
-    def of(prepared: Prepared, found: tuple[Plan, Formulation, Choice], part: Part) -> "Prices":
+    def of(prepared: Prepared, found: tuple[Plan, Formulation, Choice], part: Part, microbatches: int) -> "Prices":
         """Lowers what was found for a stage."""
         plan, formulation, choice = found
         graph, cost = prepared.graph, prepared.formulator.cost
@@ -175,26 +180,25 @@ class Prices:
         times = {eqn.name: n for eqn, n in zip(graph.program.equations, graph.times, strict=True)}
         seconds = equation_seconds(formulation, choice)
         once_s = {name: each / times[name] for name, each in seconds.items()}
-        return Prices(part, local, cost, once_s)
+        return Prices(part, local, cost, once_s, microbatches)
 
     def of_twin(self, names: Names, plan: Plan, part: Part, rules: RuleBook) -> "Prices":
         """The same for a stage that is alike: its plan, and what it calls the equations of this one."""
         local = build_local_program(part.stage.program, plan, self.cost, rules)
         once_s = {names.equations[name]: seconds for name, seconds in self.once_s.items()}
-        return Prices(part, local, self.cost, once_s)
+        return Prices(part, local, self.cost, once_s, self.microbatches)
 
     def scattering(self) -> "Prices":
         """The same stage, whose gradients are scattered in every microbatch."""
         return replace(self, part=self.part.scattering())
 
-    def prediction(self, microbatches: int, peak_bytes: float) -> Prediction:
-        """What a step of so many microbatches costs one device of the stage, bubbles aside.
+    def prediction(self, peak_bytes: float) -> Prediction:
+        """What a step costs one device of the stage, bubbles aside.
 
         Args:
-            microbatches: how often the loop's pieces run.
             peak_bytes: memory of the device, which may hold other stages too.
         """
-        runs = [(p, microbatches if p.tag.part.per_microbatch else 1) for p in self.parts.pieces]
+        runs = [(p, self.microbatches if p.tag.part.per_microbatch else 1) for p in self.parts.pieces]
         sent: dict[tuple[str, tuple[str, ...]], Collective] = {}
         for piece, n in runs:
             for one in collectives(piece.local):
@@ -237,10 +241,14 @@ class Prices:
         return self._serial_s(piece) - communication_s(piece.local)
 
     def _run_s(self, piece: Piece) -> float:
-        return simulate(piece.local, self.once_s, overlap=overlaps(self.cost)).makespan_s
+        return simulate(piece.local, self.once_s, overlap=overlaps(self.cost)).makespan_s + self._adding_s(piece)
 
     def _serial_s(self, piece: Piece) -> float:
-        return simulate(piece.local, self.once_s, overlap=False).makespan_s
+        return simulate(piece.local, self.once_s, overlap=False).makespan_s + self._adding_s(piece)
+
+    def _adding_s(self, piece: Piece) -> float:
+        """Seconds to add a microbatch's terms up: reads them and the sums so far, and writes the new sums."""
+        return self.cost.memory_s(3 * self._bytes(frozenset(piece.sums))) if self.microbatches > 1 else 0.0
 
     def _persistent(self) -> frozenset[Slot]:
         """What a device keeps all step: arguments, results of the prologue, accumulated gradients."""
@@ -276,7 +284,8 @@ class Prices:
                 if not needed.isdisjoint(instruction.outputs):
                     needed.update(reads(instruction))
                     again.append(instruction)
-            total_s += self._run_s(replace(piece, local=replace(piece.local, instructions=tuple(reversed(again)))))
+            again = tuple(reversed(again))
+            total_s += self._run_s(replace(piece, local=replace(piece.local, instructions=again), sums=()))
         return total_s
 
     def _came_up(self, value: Value) -> bool:

@@ -100,7 +100,7 @@ class StagePlanner:
         """The best plan; gradients are scattered in every microbatch where that is worth the memory."""
         prepared = frugal(self._prepared, self.part.stage, price_s_per_byte)
         plan, formulation, choice = self._found(prepared, memory_bytes)
-        prices = Prices.of(prepared, (plan, formulation, choice), self.part)
+        prices = Prices.of(prepared, (plan, formulation, choice), self.part, self.microbatches)
         plan = as_lowered(plan, prices.local, self.options, (prepared, formulation, choice))
         ways = (prices, prices.scattering()) if price_s_per_byte else (prices,)
         return min((Draft(plan, way, way.stage_cost(), price_s_per_byte) for way in ways), key=self._worth_s)

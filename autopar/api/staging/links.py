@@ -1,5 +1,6 @@
 """What passes between the stages of a pipeline, and what it costs on the links of a cluster."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,24 @@ def cluster_of(cost: CostModel) -> Cluster | None:
 def link_between(cluster: Cluster, n_devices: int) -> Link:
     """The link between neighbours that have so many devices together."""
     return cluster.link if n_devices <= cluster.domain_devices else cluster.network
+
+
+def apart(meshes: Sequence[Mesh], devices_per_host: int) -> frozenset[tuple[int, int]]:
+    """The pairs of submeshes that are not driven by one process: the runtime lets transfers between them hold both.
+
+    Args:
+        meshes: of the submeshes, whose devices follow each other.
+        devices_per_host: how many devices a process drives; 0 if one drives all.
+    """
+    if not devices_per_host:
+        return frozenset()
+    stops = list(itertools.accumulate(mesh.n_devices for mesh in meshes))
+    hosts = [
+        {(stop - mesh.n_devices) // devices_per_host, (stop - 1) // devices_per_host}
+        for mesh, stop in zip(meshes, stops, strict=True)
+    ]
+    pairs = itertools.permutations(range(len(meshes)), 2)
+    return frozenset((one, other) for one, other in pairs if len(hosts[one] | hosts[other]) > 1)
 
 
 def transfer_s(cluster: Cluster, nbytes: float, sender: int, receiver: int) -> float:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from autopar.api.planning import Options
 from autopar.api.staging.assemble import Planned
-from autopar.api.staging.links import prices_on
+from autopar.api.staging.links import apart, prices_on
 from autopar.errors import PlanError
 from autopar.ir.fingerprint import fingerprint
 from autopar.ir.stages import Stages
@@ -34,7 +34,7 @@ def timeline_of(plan: PipelinePlan) -> Timeline:
         kept_bytes=tuple(p.left_bytes for p in each),
         state_bytes=tuple(p.state_bytes for p in each),
     )
-    return simulate(schedule_of(plan), costs)
+    return simulate(schedule_of(plan), costs, apart=apart(plan.meshes, plan.devices_per_host))
 
 
 def planned_before(traced: Traced, plan: PipelinePlan) -> Planned:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 
 from autopar.solver.schedule.data import BACKWARD, EVICT, FORWARD, MOVES, WEIGHT, Kind, Schedule, ScheduleError, Task
+from autopar.solver.schedule.line import Dispatch, orders_apart
 
 # A forward needs the room that an eviction before it makes; so does an eviction that of a load, on the partner.
 ROOM_AFTER = {Kind.FORWARD: Kind.EVICT, Kind.EVICT: Kind.LOAD}
@@ -105,22 +107,31 @@ class Timeline:
         return tuple(map(tuple, lists))
 
 
-def simulate(schedule: Schedule, costs: TaskCosts, *, overlap: bool = True) -> Timeline:
+def simulate(
+    schedule: Schedule, costs: TaskCosts, *, overlap: bool = True, apart: Collection[tuple[int, int]] = ()
+) -> Timeline:
     """Runs the schedule: every device in order, each task as soon as its inputs have arrived.
 
     Each ordered pair of devices is one channel that carries one transfer at a time, in the order in which they
     were made. With ``overlap`` devices compute meanwhile; else the sender waits until its transfer is over, and
-    an eviction or load occupies the device.
+    an eviction or load occupies the device. What passes between devices that are ``apart`` waits until both have come
+    to it, in the order of ``dispatch_order``, and occupies both.
+
+    Args:
+        schedule: the tasks of each device.
+        costs: of the tasks.
+        overlap: whether devices compute while they send.
+        apart: (giver, taker) pairs of devices that are in different processes.
 
     Raises:
         ScheduleError: costs for another number of stages, or a deadlock.
     """
     _check_costs(schedule, costs)
-    run = _Run(schedule, costs, overlap)
+    run = _Run(schedule, costs, overlap, apart)
     run.start_all()
     while run.heap:
         run.step()
-    if any(head < len(order) for head, order in zip(run.heads, schedule.tasks, strict=True)):
+    if any(head < len(order) for head, order in zip(run.heads, run.orders, strict=True)):
         raise ScheduleError(
             f"schedule {schedule.name!r} stops with a deadlock", fix="call validate(schedule), which says where"
         )
@@ -166,9 +177,10 @@ def _peaks(changes: list[tuple[float, bool, int, float]]) -> tuple[int, float]:
 class _Run:
     """The state of one simulation. ``arrived`` has what is known where: (task, device)."""
 
-    def __init__(self, schedule: Schedule, costs: TaskCosts, overlap: bool) -> None:
+    def __init__(self, schedule: Schedule, costs: TaskCosts, overlap: bool, apart: Collection[tuple[int, int]]) -> None:
         n = schedule.n_devices
-        self.schedule, self.costs, self.overlap = schedule, costs, overlap
+        self.schedule, self.costs, self.overlap, self.apart = schedule, costs, overlap, apart
+        self.orders = orders_apart(schedule, apart)
         self.heap: list[tuple[float, int, str, Task, int]] = []
         self.ticks = count()
         self.tasks: list[Event] = []
@@ -191,15 +203,23 @@ class _Run:
         elif what == "arrived":
             self.arrived.add((task, device))
             self.under_way[device, task.kind] -= task.kind in MOVES
+        elif what == "met":
+            self.busy[device] = False
+            self.arrived.add((task, device))
         else:
             self.busy[device] = False
         self._start(device, now_s)
 
     def _start(self, device: int, now_s: float) -> None:
         """Starts what the device can start now: moves until it meets a task, which occupies it."""
-        order = self.schedule.tasks[device]
+        order = self.orders[device]
         while not self.busy[device] and self.heads[device] < len(order):
-            task = order[self.heads[device]]
+            dispatch = order[self.heads[device]]
+            task, ends = dispatch.task, dispatch.ends(self.schedule)
+            if ends in self.apart:
+                if all(self._is_at(dispatch, end) for end in ends):
+                    self._meet(task, *ends, now_s)
+                return
             if not self._is_ready(task, device):
                 return
             self.heads[device] += 1
@@ -232,7 +252,7 @@ class _Run:
             is_split = self.schedule.is_split(task)
             self._change(device, now_s, 0 if is_split else -1, kept - activation if is_split else -activation)
         receiver = self.schedule.reader_of(task)
-        if receiver is not None and receiver != device:
+        if receiver is not None and receiver != device and (device, receiver) not in self.apart:
             end_s = self._transfer(task, device, receiver, now_s)
             self._push(end_s, "arrived", task, receiver)
             self._hold(task, device, end_s)
@@ -247,6 +267,23 @@ class _Run:
         self.under_way[device, task.kind] += 1
         self._push(end_s, "arrived", task, device)
         self._hold(task, device, end_s)
+
+    def _is_at(self, dispatch: Dispatch, device: int) -> bool:
+        """Whether a device has come to what passes between it and another."""
+        order, head = self.orders[device], self.heads[device]
+        return not self.busy[device] and head < len(order) and order[head] == dispatch
+
+    def _meet(self, task: Task, giver: int, taker: int, now_s: float) -> None:
+        """Passes something on while neither end does anything else."""
+        end_s = self._transfer(task, giver, taker, now_s)
+        if task.kind in MOVES:
+            size = _at(self.costs.activation_bytes, task.stage)
+            self._change(taker, now_s, +1, size)
+            self._change(giver, end_s, -1, -size)
+        for device in (giver, taker):
+            self.heads[device] += 1
+            self.busy[device] = True
+            self._push(end_s, "met", task, device)
 
     def _transfer(self, task: Task, sender: int, receiver: int, now_s: float) -> float:
         """Sends when the channel is free; returns the arrival."""
