@@ -117,7 +117,7 @@ def measure(wanted: argparse.Namespace) -> None:
     cluster, _ = calibrate(jax.local_devices(), sizes)
     cluster = replace(cluster, network=link_between_processes(), domain_devices=wanted.devices)
     step, state, batch = gpt.make(
-        layers=wanted.layers, width=wanted.width, batch=wanted.batch, seq=wanted.seq, vocab=512
+        layers=wanted.layers, width=wanted.width, batch=wanted.batch, seq=wanted.seq, vocab=512, optimizer="sgd"
     )
     plans = {row: planned(row, step, (state, batch), cluster) for row in rows(wanted.layers)}
     placed = {row: timed(run, state, batch)[0] for row, (run, _) in plans.items()}

@@ -332,8 +332,9 @@ def test_the_validator_names_what_is_wrong(row):
 def test_the_simulator_refuses_costs_of_another_pipeline_and_notices_a_deadlock():
     with pytest.raises(ScheduleError, match="another number of stages than the 2"):
         simulate(PLAIN, TaskCosts.uniform(3))
-    with pytest.raises(ScheduleError, match=r"(?s)stops with a deadlock.*validate\(schedule\)"):
-        simulate(BROKEN["deadlock"][0], TaskCosts.uniform(2))
+    for apart in ((), ((0, 1), (1, 0))):
+        with pytest.raises(ScheduleError, match=r"(?s)stops with a deadlock.*validate\(schedule\)"):
+            simulate(BROKEN["deadlock"][0], TaskCosts.uniform(2), apart=apart)
 
 
 def test_the_drawing_of_1f1b_is_the_one_of_its_paper():

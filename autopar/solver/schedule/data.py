@@ -13,6 +13,11 @@ class ScheduleError(AutoparError, ValueError):
     """An unknown schedule, a pipeline that one cannot take, or task lists that contradict themselves."""
 
 
+def deadlock(name: str) -> ScheduleError:
+    """Says that the devices of a schedule wait for each other."""
+    return ScheduleError(f"schedule {name!r} stops with a deadlock", fix="call validate(schedule), which says where")
+
+
 class Kind(enum.StrEnum):
     """What a task does.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from autopar.solver.schedule.data import MOVES, Kind, Schedule, Task
+from autopar.solver.schedule.data import MOVES, Kind, Schedule, Task, deadlock
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,16 @@ def dispatch_order(schedule: Schedule) -> list[Dispatch]:
 
     A device runs what it is given in order, and what passes between processes holds both ends until both have come to
     it. So a send waits while its receiver computes and its sender has more to do. All passes are taken to last as long.
+
+    Raises:
+        ScheduleError: a deadlock.
     """
     line = _Line(schedule, [list(reversed(order)) for order in schedule.tasks], [0.0] * schedule.n_devices)
     found = []
     while dispatch := line.take():
         found.append(dispatch)
-    assert not any(line.waiting), f"schedule {schedule.name} waits for itself"
+    if any(line.waiting):
+        raise deadlock(schedule.name)
     return found
 
 

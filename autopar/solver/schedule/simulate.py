@@ -9,7 +9,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 
-from autopar.solver.schedule.data import BACKWARD, EVICT, FORWARD, MOVES, WEIGHT, Kind, Schedule, ScheduleError, Task
+from autopar.solver.schedule.data import (
+    BACKWARD,
+    EVICT,
+    FORWARD,
+    MOVES,
+    WEIGHT,
+    Kind,
+    Schedule,
+    ScheduleError,
+    Task,
+    deadlock,
+)
 from autopar.solver.schedule.line import Dispatch, orders_apart
 
 # A forward needs the room that an eviction before it makes; so does an eviction that of a load, on the partner.
@@ -132,9 +143,7 @@ def simulate(
     while run.heap:
         run.step()
     if any(head < len(order) for head, order in zip(run.heads, run.orders, strict=True)):
-        raise ScheduleError(
-            f"schedule {schedule.name!r} stops with a deadlock", fix="call validate(schedule), which says where"
-        )
+        raise deadlock(schedule.name)
     peaks = [_peaks(changes) for changes in run.changes]
     return Timeline(
         schedule,
