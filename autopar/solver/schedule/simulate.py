@@ -227,7 +227,7 @@ class _Run:
             task, ends = dispatch.task, dispatch.ends(self.schedule)
             if ends in self.apart:
                 if all(self._is_at(dispatch, end) for end in ends):
-                    self._meet(task, *ends, now_s)
+                    self._meet(task, ends[0], ends[1], now_s)
                 return
             if not self._is_ready(task, device):
                 return
