@@ -233,7 +233,7 @@ class _Run:
                 return
             self.heads[device] += 1
             if task.kind in MOVES:
-                self._move(task, device, now_s)
+                self._move(task, device, ends[0], ends[1], now_s)
                 continue
             self.busy[device] = True
             end_s = now_s + self._duration_s(task)
@@ -266,13 +266,8 @@ class _Run:
             self._push(end_s, "arrived", task, receiver)
             self._hold(task, device, end_s)
 
-    def _move(self, task: Task, device: int, now_s: float) -> None:
-        partner = self.schedule.partners[device]
-        size = _at(self.costs.activation_bytes, task.stage)
-        giver, taker = (device, partner) if task.kind is EVICT else (partner, device)
+    def _move(self, task: Task, device: int, giver: int, taker: int, now_s: float) -> None:
         end_s = self._transfer(task, giver, taker, now_s)
-        self._change(taker, now_s, +1, size)
-        self._change(giver, end_s, -1, -size)
         self.under_way[device, task.kind] += 1
         self._push(end_s, "arrived", task, device)
         self._hold(task, device, end_s)
@@ -285,24 +280,24 @@ class _Run:
     def _meet(self, task: Task, giver: int, taker: int, now_s: float) -> None:
         """Passes something on while neither end does anything else."""
         end_s = self._transfer(task, giver, taker, now_s)
-        if task.kind in MOVES:
-            size = _at(self.costs.activation_bytes, task.stage)
-            self._change(taker, now_s, +1, size)
-            self._change(giver, end_s, -1, -size)
         for device in (giver, taker):
             self.heads[device] += 1
             self.busy[device] = True
             self._push(end_s, "met", task, device)
 
     def _transfer(self, task: Task, sender: int, receiver: int, now_s: float) -> float:
-        """Sends when the channel is free; returns the arrival."""
+        """Sends when the channel is free, and returns the arrival; there is room for what moves from now on."""
         boundary = task.stage if task.kind is FORWARD else task.stage - 1
         move = task.kind in MOVES
         seconds = _at(self.costs.move_s, task.stage) if move else _at(self.costs.transfer_s, boundary)
         start_s = max(now_s, self.channel_free_s[sender, receiver])
-        self.channel_free_s[sender, receiver] = start_s + seconds
-        self.transfers.append(Event(task, sender, start_s, start_s + seconds, receiver))
-        return start_s + seconds
+        end_s = self.channel_free_s[sender, receiver] = start_s + seconds
+        self.transfers.append(Event(task, sender, start_s, end_s, receiver))
+        if move:
+            size = _at(self.costs.activation_bytes, task.stage)
+            self._change(receiver, now_s, +1, size)
+            self._change(sender, end_s, -1, -size)
+        return end_s
 
     def _hold(self, task: Task, device: int, until_s: float) -> None:
         if not self.overlap:
